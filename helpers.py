@@ -1,0 +1,1302 @@
+"""What the notebooks share: the data in a zip, the networks, losses and metrics, runs that can be resumed, and pictures.
+
+The order is that of the story. One network looks at two pictures, a background (`bg`) and the same scene with an object in
+it (`fg_bg`), and predicts two: the object's `mask` and the scene's `depth`. Always in this order. Tensors are NCHW;
+pictures are uint8 while they are stored and float in [0, 1] once they reach a network; a mask is 0 or 1; depth is in [0, 1]
+and grows with distance.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import hashlib
+import html
+import io
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+import torchvision
+from IPython import get_ipython
+from IPython.display import HTML
+from PIL import Image, ImageDraw
+from pytorch_msssim import ssim as msssim_ssim
+from torch import Tensor, nn
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+# ---------- Where it runs ---------------------------------------------------------------------------------------------
+
+SCALE = os.environ.get("SCALE") or ("full" if torch.cuda.is_available() else "quick")
+if SCALE not in ("quick", "full"):
+    raise ValueError(f"The environment variable SCALE is {SCALE!r}; it can be 'quick' or 'full'.")
+
+
+def environment() -> str:
+    """What this runs on, in a line: versions, device and scale."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    packages = f"torch {torch.__version__}, torchvision {torchvision.__version__}, numpy {np.__version__}"
+    return f"Python {platform.python_version()}, {packages}; {device}; scale: {SCALE}"
+
+
+ROOT = Path(__file__).resolve().parent
+DRIVE = Path("/content/drive")
+
+
+def in_colab() -> bool:
+    """Whether this is a notebook in Google Colab. Kaggle sets Colab's variables too, so its own are looked for as well."""
+    return "google.colab" in str(get_ipython()) and not any(name.startswith("KAGGLE") for name in os.environ)
+
+
+@functools.cache
+def _drive_folder() -> Path | None:
+    """The project's folder on the user's Drive, or None where Drive cannot be had. Asks for consent once."""
+    from google.colab import drive
+
+    try:
+        drive.mount(str(DRIVE))
+        folder = DRIVE / "MyDrive" / "mask-and-depth"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except Exception as error:  # refused consent raises a private class of Colab's
+        print(f"Google Drive is not available ({error or type(error).__name__}): results stay on this machine and go with it.")
+        return None
+
+
+def workspace() -> Path:
+    """The folder for results, made if need be: the environment variable WORKSPACE, else in Colab a folder on Drive (so that
+    it outlives the machine; without consent a local one, and a line says so), else `runs/` beside helpers.py."""
+    if os.environ.get("WORKSPACE"):
+        folder = Path(os.environ["WORKSPACE"])
+    else:
+        folder = (_drive_folder() if in_colab() else None) or ROOT / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def data_zip(path: str | Path = "") -> Path:
+    """The data set to use: `path` if given, else the environment variable DATA_ZIP, else the zip that notebook 00 made in
+    the workspace, else the sample that comes with the project.
+
+    A zip on Drive is copied to the machine's own disk first: Drive is slow where a file is read here and there.
+    Raises FileNotFoundError where a path was given, or set in DATA_ZIP, and nothing is there.
+    """
+    chosen = str(path) or os.environ.get("DATA_ZIP", "")
+    if not chosen:
+        made = workspace() / "scenes.zip"
+        return made if made.exists() else ROOT / "assets" / "sample.zip"
+    chosen = Path(chosen).expanduser()
+    if not chosen.is_file():
+        raise FileNotFoundError(f"{chosen}: there is no such file. Give the path of a data set zip, or none for the sample.")
+    if DRIVE in chosen.resolve().parents:
+        local = Path("/content") / chosen.name
+        if not local.exists() or local.stat().st_size != chosen.stat().st_size:
+            with _replacing(local) as part:
+                shutil.copyfile(chosen, part)
+        return local
+    return chosen
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Gives a name to write to, and puts the written file in place of `path` only once it is whole."""
+    part = path.with_name(path.name + ".part")
+    yield part
+    os.replace(part, path)
+
+
+# ---------- Data: a zip in memory -------------------------------------------------------------------------------------
+
+KINDS = ("bg", "fg_bg", "mask", "depth")
+CHANNELS = {"bg": 3, "fg_bg": 3, "mask": 1, "depth": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one published data set names its files.
+
+    A file's path ends in folder/stem + suffix + .jpg, .jpeg or .png; a leading folder may wrap it all. The groups of the
+    stems are numbers: `background` has one, the background's; `sample` begins with it, then the object's, then the place's.
+    """
+
+    folders: tuple[str, str, str, str]  # of bg, fg_bg, mask, depth
+    background: str
+    sample: str
+    suffixes: tuple[str, str, str, str] = ("", "", "", "")
+    mirrored_ids: bool = False  # object f + F/2 is object f, mirrored
+
+    def pattern(self, kind: str) -> re.Pattern:
+        """The regular expression that a whole path of this kind matches."""
+        k = KINDS.index(kind)
+        stem = self.background if kind == "bg" else self.sample
+        return re.compile(rf"(?:.*/)?{self.folders[k]}/{stem}{self.suffixes[k]}\.(?:jpe?g|png)", re.IGNORECASE)
+
+
+LAYOUTS = {
+    "raguram": Layout(
+        folders=("bg_images", "fg_bg", "fg_bg_mask", "fg_bg_depth"),
+        background=r"Image_(\d+)",
+        sample=r"Image_(\d+)_(\d+)_(\d+)",
+        mirrored_ids=True,
+    ),
+    "modest": Layout(
+        folders=("bg", "bg_fg", "bg_fg_mask", "bg_fg_depth_map"),
+        background=r"bg(\d+)",
+        sample=r"bg(\d+)_fg(\d+)_(\d+)",
+        suffixes=("", "", "_mask", "_depth_map"),
+    ),
+}
+
+
+class ZipDataset(torch.utils.data.Dataset):
+    """The samples of a data set zip, read from memory and never unpacked to disk.
+
+    The zip's bytes are mapped into memory, where all processes share them; the directory becomes a few arrays. Every
+    picture is decoded when it is first asked for and kept as uint8 at the working size, where half of the free memory can
+    hold the set, so that later epochs only index tensors.
+
+    `ds[i]` is a dict: `bg` and `fg_bg` (3, size, size), `mask` and `depth` (1, size, size), float32 in [0, 1], and `name`.
+    `ds.bg_id` and `ds.fg_id` are int arrays with one entry a sample; -1 is unknown. A mirrored object has the object's id.
+
+    Args:
+        path: the zip.
+        size: pictures are resized to size x size pixels, with antialiasing; masks by area, then cut at one half.
+        layout: a name in LAYOUTS; None recognises the layout from the file names.
+        depth_near: whether near is "dark" or "bright" in the zip's depth pictures; "bright" is turned round.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a zip, empty, of unknown layout, or a sample lacks its background, mask or depth. While samples are
+            read: a picture that cannot be decoded. The message names the file.
+    """
+
+    def __init__(self, path: str | Path, size: int = 64, layout: str | None = None, depth_near: str = "dark"):
+        if depth_near not in ("dark", "bright"):
+            raise ValueError(f"depth_near is {depth_near!r}; it can be 'dark' or 'bright'.")
+        if size < 1:
+            raise ValueError(f"size is {size}; a picture needs at least one pixel.")
+        if layout is not None:
+            _known(layout, LAYOUTS, "layout")
+        self.path, self.size, self.depth_near = Path(path), size, depth_near
+        files = _read_directory(self.path)
+        self.layout = layout or _recognise_layout(self.path, [f.filename for f in files])
+        keys, rows = _match_samples(self.path, [f.filename for f in files], LAYOUTS[self.layout])
+
+        self._bytes = np.memmap(self.path, np.uint8, "r")
+        self._files = np.array(
+            [(f.header_offset, f.compress_size, f.compress_type, f.CRC) for f in files],
+            dtype=[("offset", np.int64), ("size", np.int64), ("method", np.int16), ("crc", np.uint32)],
+        )
+        self._names = np.array([f.filename.encode() for f in files])
+        self._rows = rows  # (samples, 4): which file is the bg, fg_bg, mask, depth of a sample
+        self.bg_id, self.fg_id = keys[:, 0], keys[:, 1]
+        if LAYOUTS[self.layout].mirrored_ids:
+            self.fg_id = _fold_mirrored(self.bg_id, self.fg_id)
+        self.fingerprint = f"{zlib.crc32(self._files['crc'].tobytes(), zlib.crc32(self._names.tobytes())):08x}"
+
+        # One row a file and kind; the pages of an empty tensor cost nothing until a decoded picture is written to them.
+        self._slot, bytes_needed = {}, 0
+        for k, kind in enumerate(KINDS):
+            used, self._slot[kind] = np.unique(rows[:, k], return_inverse=True)
+            bytes_needed += len(used) * CHANNELS[kind] * size * size
+        self.cached = bytes_needed < psutil.virtual_memory().available / 2
+        if self.cached:
+            slots = {kind: int(slot.max()) + 1 for kind, slot in self._slot.items()}
+            self._store = {k: torch.empty(n, CHANNELS[k], size, size, dtype=torch.uint8) for k, n in slots.items()}
+            self._ready = {k: np.zeros(n, bool) for k, n in slots.items()}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor | str]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        batch = to_float(self.batch([i]))
+        return {kind: batch[kind][0] for kind in KINDS} | {"name": self.name(i)}
+
+    def __getstate__(self) -> dict:
+        # A worker process maps the file again and decodes on its own, instead of receiving copies of bytes and pictures.
+        state = self.__dict__ | {"_bytes": None, "cached": False}
+        return {name: value for name, value in state.items() if name not in ("_store", "_ready")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._bytes = np.memmap(self.path, np.uint8, "r")
+
+    def name(self, i: int) -> str:
+        """The sample's name: that of its fg_bg file, without folders and extension."""
+        return Path(self._names[self._rows[i, 1]].decode()).stem
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The samples as uint8 tensors (len(indices), channels, size, size); mask is 0 or 1, depth 255 is far."""
+        indices = np.asarray(indices)
+        return {kind: self._pictures(kind, indices) for kind in KINDS}
+
+    def _pictures(self, kind: str, indices: np.ndarray) -> Tensor:
+        slots, files = self._slot[kind][indices], self._rows[indices, KINDS.index(kind)]
+        if self.cached:
+            store, ready = self._store[kind], self._ready[kind]
+            slots, files = slots[~ready[slots]], files[~ready[slots]]
+            slots, first = np.unique(slots, return_index=True)
+        else:
+            store = torch.empty(len(indices), CHANNELS[kind], self.size, self.size, dtype=torch.uint8)
+            slots = first = np.arange(len(indices))
+
+        def decode(slot: int, file: int) -> None:
+            store[slot] = self._decode(file, kind)
+
+        if len(slots) > 1:  # JPEG decoding lets other threads run
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(decode, slots, files[first]))
+        elif len(slots):
+            decode(slots[0], files[first[0]])
+        if not self.cached:
+            return store
+        ready[slots] = True
+        return store[self._slot[kind][indices]]
+
+    def _read(self, file: int) -> bytes:
+        entry = self._files[file]
+        header = self._bytes[entry["offset"] : entry["offset"] + 30].tobytes()  # a zip entry's local header
+        start = entry["offset"] + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        raw = self._bytes[start : start + entry["size"]].tobytes()
+        try:
+            raw = zlib.decompress(raw, -zlib.MAX_WBITS) if entry["method"] == zipfile.ZIP_DEFLATED else raw
+        except zlib.error as error:
+            raise ValueError(f"{self.path}: {self._names[file].decode()} is damaged ({error}).") from error
+        if zlib.crc32(raw) != entry["crc"]:
+            raise ValueError(f"{self.path}: {self._names[file].decode()} is damaged (its checksum differs). Copy the zip anew.")
+        return raw
+
+    def _decode(self, file: int, kind: str) -> Tensor:
+        try:
+            picture = Image.open(io.BytesIO(self._read(file))).convert("RGB" if CHANNELS[kind] == 3 else "L")
+        except OSError as error:
+            raise ValueError(f"{self.path}: {self._names[file].decode()} cannot be read as a picture ({error}).") from error
+        way = Image.Resampling.BOX if kind == "mask" else Image.Resampling.BILINEAR
+        pixels = torch.from_numpy(np.array(picture.resize((self.size, self.size), way)))
+        pixels = pixels.view(self.size, self.size, -1).permute(2, 0, 1)
+        if kind == "mask":
+            return (pixels > 127).byte()
+        return 255 - pixels if kind == "depth" and self.depth_near == "bright" else pixels
+
+
+def _read_directory(path: Path) -> list[zipfile.ZipInfo]:
+    """The entries of a zip that are files and not litter of an operating system."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except zipfile.BadZipFile as error:
+        size = path.stat().st_size
+        raise ValueError(f"{path} is not a whole zip file ({size:,} bytes; {error}). Download or copy it anew.") from error
+    litter = re.compile(r"(^|/)(__MACOSX/|\.DS_Store$|Thumbs\.db$)")
+    files = [entry for entry in entries if not entry.is_dir() and not litter.search(entry.filename)]
+    if not files:
+        raise ValueError(f"{path} holds no files. A data set has pictures of four kinds: bg, fg_bg, mask and depth.")
+    odd = [entry.filename for entry in files if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]
+    if odd:
+        raise ValueError(f"{path}: {odd[0]} is compressed in a way that is not read here. Store or deflate the zip's files.")
+    return files
+
+
+def _recognise_layout(path: Path, names: Sequence[str]) -> str:
+    """The layout whose fg_bg pattern matches the most names."""
+    patterns = {layout: LAYOUTS[layout].pattern("fg_bg") for layout in LAYOUTS}
+    counts = {layout: sum(map(bool, map(pattern.fullmatch, names))) for layout, pattern in patterns.items()}
+    best = max(counts, key=counts.get)
+    if counts[best]:
+        return best
+    examples = {name.rpartition("/")[0] or ".": name for name in names}
+    found = ", ".join(list(examples.values())[:4])
+    known = "; ".join(f"{layout} ({', '.join(LAYOUTS[layout].folders)})" for layout in LAYOUTS)
+    raise ValueError(f"{path}: no known layout. Found {len(names)} files such as {found}. Known layouts and folders: {known}.")
+
+
+def _match_samples(path: Path, names: Sequence[str], layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Which files make a sample, in numerical order: keys (samples, 3), numbers of background, object and place; and rows
+    (samples, 4), each sample's four files."""
+    found = {}
+    for kind in KINDS:
+        pattern, found[kind] = layout.pattern(kind), {}
+        for i, name in enumerate(names):
+            if match := pattern.fullmatch(name):
+                key = tuple(map(int, match.groups()))
+                if key in found[kind]:
+                    raise ValueError(f"{path}: {names[found[kind][key]]} and {name} both claim to be one {kind}. Remove one.")
+                found[kind][key] = i
+    keys = sorted(found["fg_bg"])
+    for kind in ("bg", "mask", "depth"):
+        missing = [key for key in keys if (key[:1] if kind == "bg" else key) not in found[kind]]
+        if missing:
+            first = names[found["fg_bg"][missing[0]]]
+            raise ValueError(f"{path}: {len(missing)} of {len(keys)} samples have no {kind}; the first is {first}.")
+    rows = np.array([[found["bg"][key[:1]], *(found[kind][key] for kind in KINDS[1:])] for key in keys])
+    unused = set(range(len(names))) - set(rows.ravel().tolist())
+    unused = [names[i] for i in sorted(unused) if names[i].lower().endswith((".jpg", ".jpeg", ".png"))]
+    if unused:
+        warnings.warn(f"{path}: {len(unused)} pictures belong to no sample, {unused[0]} the first of them.", stacklevel=3)
+    return np.array(keys), rows
+
+
+def _fold_mirrored(bg_id: np.ndarray, fg_id: np.ndarray) -> np.ndarray:
+    """Gives mirrored objects the ids of their originals, where object f + F/2 is the mirror image of object f.
+
+    A part of the full set may lack the highest numbers, so F/2 is the number for which originals and mirror images stand on
+    the same backgrounds; where none fits exactly (a random part), the highest number tells.
+    """
+    stride = int(fg_id.max()) + 1
+    pairs = np.unique(bg_id * stride + fg_id)
+    for half in range(stride // 2, stride):
+        mirrored = pairs % stride >= half
+        if np.array_equal(pairs[~mirrored], pairs[mirrored] - half):
+            return fg_id % half
+    return fg_id % ((stride + 1) // 2)
+
+
+def to_float(batch: dict[str, Tensor], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """A uint8 batch of `ZipDataset.batch` on the device, as float32 in [0, 1], in the memory order that suits convolutions."""
+    batch = {kind: p.to(device).to(torch.float32, memory_format=torch.channels_last) for kind, p in batch.items()}
+    return {kind: pictures if kind == "mask" else pictures / 255 for kind, pictures in batch.items()}
+
+
+def _hash01(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") / 2**56
+
+
+def split(ds: ZipDataset, by: str = "unseen", seed: int = 0) -> dict[str, np.ndarray]:
+    """Divides the samples. Gives a dict of index arrays.
+
+    "image" is the random 70/15/15 of the reports: `train`, `valid`, `test`. Each background and each object is in all three.
+
+    "unseen" divides the backgrounds 70/15/15 into training, validation and test ones, and the objects likewise. Of the
+    samples of training backgrounds with training objects, `train` has 80 %, `valid` and `test_seen` 10 % each. The test
+    backgrounds with training objects are `test_new_bg`, training backgrounds with test objects `test_new_fg`, test with
+    test `test_new_both`. `valid_new` has the samples with a validation background or object (or both) and none of the test
+    ones, for choices that should hold on new scenes. A validation id beside a test id is in no part.
+
+    Ids are placed by multiples of the golden ratio modulo 1, which spread evenly however many there are (from 12 on, no part
+    is empty), and samples by a hash of their names; so no sample moves when others are added. An unknown id (-1) counts as
+    a training one.
+    """
+    if by == "image":
+        order = np.random.default_rng(seed).permutation(len(ds))
+        cuts = [round(0.7 * len(ds)), round(0.85 * len(ds))]
+        return dict(zip(("train", "valid", "test"), map(np.sort, np.split(order, cuts)), strict=True))
+    _known(by, ("unseen", "image"), "split")
+
+    def group(ids: np.ndarray, what: str) -> np.ndarray:
+        place = (ids * (5**0.5 - 1) / 2 + _hash01(f"{what} {seed}")) % 1
+        return np.where(ids < 0, 0, np.digitize(place, (0.7, 0.85)))  # 0 training, 1 validation, 2 test
+
+    bg, fg = group(ds.bg_id, "background"), group(ds.fg_id, "object")
+    seen = (bg == 0) & (fg == 0)
+    place = np.array([_hash01(f"{ds.name(i)} {seed}") for i in range(len(ds))])
+    parts = {
+        "train": seen & (place < 0.8),
+        "valid": seen & (place >= 0.8) & (place < 0.9),
+        "valid_new": ~seen & (bg < 2) & (fg < 2),
+        "test_seen": seen & (place >= 0.9),
+        "test_new_bg": (bg == 2) & (fg == 0),
+        "test_new_fg": (bg == 0) & (fg == 2),
+        "test_new_both": (bg == 2) & (fg == 2),
+    }
+    return {name: np.flatnonzero(members) for name, members in parts.items()}
+
+
+def _known(name: str, names: Iterable[str], what: str) -> None:
+    if name not in names:
+        raise ValueError(f"Unknown {what} {name!r}. Known: {', '.join(names)}.")
+
+
+# ---------- Networks --------------------------------------------------------------------------------------------------
+
+
+def check_size(model: nn.Module, height: int, width: int) -> None:
+    """Raises ValueError where the network's strides do not divide the picture's size, with the nearest sizes that fit."""
+    if height % model.stride or width % model.stride:
+        fit = [max(model.stride, round(side / model.stride) * model.stride) for side in (height, width)]
+        raise ValueError(
+            f"{type(model).__name__} halves its input {model.stride.bit_length() - 1} times: {height} x {width} pixels do not "
+            f"divide by {model.stride}. Use {fit[0]} x {fit[1]}."
+        )
+
+
+class DoubleConv(nn.Sequential):
+    """Twice: 3x3 convolution, batch norm, ReLU. (N, inputs, H, W) -> (N, outputs, H, W)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(
+            nn.Conv2d(inputs, outputs, 3, padding=1),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, padding=1),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+        )
+
+
+class ResBlock(nn.Module):
+    """A double convolution beside a 1x1 shortcut. Gives the half-size features and, for the decoders, the full-size ones."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.shortcut_conv = nn.Conv2d(inputs, outputs, 1, bias=False)
+        self.shortcut_norm = nn.BatchNorm2d(outputs)
+        self.main = DoubleConv(inputs, outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shortcut = self.shortcut_norm(self.shortcut_conv(x))
+        skip = self.relu(self.main(x) + shortcut)
+        return self.pool(skip), skip
+
+
+class UpBlock(nn.Module):
+    """Doubles the size, joins the encoder's features of that size, and mixes both with a double convolution."""
+
+    def __init__(self, inputs: int, skip: int, outputs: int):
+        super().__init__()
+        self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+        self.mix = DoubleConv(inputs + skip, outputs)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.mix(torch.cat([self.up(x), skip], 1))
+
+
+class ResUNet(nn.Module):
+    """Report 4's network: the two pictures joined to six channels, one residual encoder, and a decoder for each task.
+
+    `widths` are the channels of the encoder's blocks and, last, of the bottom.
+    """
+
+    def __init__(self, widths: Sequence[int] = (32, 64, 128, 256, 512)):
+        super().__init__()
+        self.stride = 2 ** (len(widths) - 1)
+        self.encoder = nn.ModuleList(map(ResBlock, (6, *widths[:-2]), widths[:-1]))
+        self.bottom = DoubleConv(widths[-2], widths[-1])
+        up = widths[::-1]
+        self.mask_decoder = nn.ModuleList(map(UpBlock, up[:-1], up[1:], up[1:]))
+        self.mask_head = nn.Conv2d(widths[0], 1, 1)
+        self.depth_decoder = nn.ModuleList(map(UpBlock, up[:-1], up[1:], up[1:]))
+        self.depth_head = nn.Conv2d(widths[0], 1, 1)
+
+    def forward(self, bg: Tensor, fg_bg: Tensor) -> tuple[Tensor, Tensor]:
+        check_size(self, *bg.shape[2:])
+        x, skips = torch.cat([bg, fg_bg], 1), []
+        for block in self.encoder:
+            x, skip = block(x)
+            skips.append(skip)
+        mask = depth = self.bottom(x)
+        for block, skip in zip(self.mask_decoder, reversed(skips), strict=True):
+            mask = block(mask, skip)
+        mask = self.mask_head(mask)
+        for block, skip in zip(self.depth_decoder, reversed(skips), strict=True):
+            depth = block(depth, skip)
+        return mask, self.depth_head(depth).sigmoid()
+
+
+class BasicBlock(nn.Module):
+    """ResNet's basic block: two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where shapes change.
+
+    He et al., Deep Residual Learning for Image Recognition, 2015.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1):
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) + self.shortcut(x))
+
+
+class DualStreamDecoder(nn.Module):
+    """From features of quarter, half and full size to one channel of full size. Learned up-sampling, no batch norm."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.reduce = nn.Conv2d(256, width, 1)
+        self.up_half = nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.mix_half = self._mix(width + 128, width // 2)
+        self.up_full = nn.ConvTranspose2d(width // 2, width // 2, 2, stride=2)
+        self.mix_full = self._mix(width // 2 + 64, width // 4)
+        self.head = nn.Conv2d(width // 4, 1, 3, padding=1)
+
+    @staticmethod
+    def _mix(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, padding=1),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, full: Tensor, half: Tensor, quarter: Tensor) -> Tensor:
+        x = self.up_half(self.reduce(quarter))
+        x = self.up_full(self.mix_half(torch.cat([x, half], 1)))
+        return self.head(self.mix_full(torch.cat([x, full], 1)))
+
+
+class DualStream(nn.Module):
+    """Report 2's network: each picture has a stream of its own; joined, they go down to a quarter of the size, and a decoder
+    for each task comes back up."""
+
+    stride = 4
+
+    def __init__(self):
+        super().__init__()
+        self.bg_stream, self.fg_bg_stream = self._stream(), self._stream()
+        self.to_half = nn.Sequential(BasicBlock(64, 128, stride=2), BasicBlock(128, 128))
+        self.to_quarter = nn.Sequential(BasicBlock(128, 256, stride=2), BasicBlock(256, 256))
+        self.mask_decoder = DualStreamDecoder(64)
+        self.depth_decoder = DualStreamDecoder(128)
+
+    @staticmethod
+    def _stream() -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(inplace=True),
+            BasicBlock(32, 32),
+            BasicBlock(32, 32),
+        )
+
+    def forward(self, bg: Tensor, fg_bg: Tensor) -> tuple[Tensor, Tensor]:
+        check_size(self, *bg.shape[2:])
+        full = torch.cat([self.bg_stream(bg), self.fg_bg_stream(fg_bg)], 1)
+        half = self.to_half(full)
+        quarter = self.to_quarter(half)
+        return self.mask_decoder(full, half, quarter), self.depth_decoder(full, half, quarter).sigmoid()
+
+
+# Every network: mask_logits, depth = model(bg, fg_bg), each (N, 1, H, W); depth is in [0, 1].
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "resunet": ResUNet,
+    "dual_stream": DualStream,
+}
+
+
+# ---------- Losses and metrics ----------------------------------------------------------------------------------------
+
+SSIM_WINDOW = 11
+
+
+def _full_precision(loss: Callable) -> Callable:
+    """Computes a loss in float32 at least, whatever autocast says: half precision moves SSIM by hundredths."""
+
+    @functools.wraps(loss)
+    def wrapped(prediction: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(prediction.device.type, enabled=False):
+            if prediction.dtype != torch.float64:
+                prediction = prediction.float()
+            return loss(prediction, target.to(prediction.dtype))
+
+    return wrapped
+
+
+@_full_precision
+def bce(prediction: Tensor, target: Tensor) -> Tensor:
+    """Binary cross entropy of logits: -(t log p + (1 - t) log(1 - p)), p = sigmoid(z), mean over all pixels."""
+    return F.binary_cross_entropy_with_logits(prediction, target)
+
+
+@_full_precision
+def dice(prediction: Tensor, target: Tensor) -> Tensor:
+    """Dice loss of logits, per picture: 1 - (2 sum pt + 1) / (sum p + sum t + 1), then the mean over the batch.
+
+    The 1 keeps an empty mask, predicted empty, from costing anything. Milletari et al., V-Net, 2016, without the squares.
+    """
+    p = prediction.sigmoid()
+    overlap, total = (p * target).sum((1, 2, 3)), (p + target).sum((1, 2, 3))
+    return (1 - (2 * overlap + 1) / (total + 1)).mean()
+
+
+def bce_dice(prediction: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy, which is smooth everywhere, plus Dice, which does not care how small the object is (report 2)."""
+    return bce(prediction, target) + dice(prediction, target)
+
+
+@_full_precision
+def l1(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error over all pixels."""
+    return F.l1_loss(prediction, target)
+
+
+def _ssim_per_picture(prediction: Tensor, target: Tensor) -> Tensor:
+    """Structural similarity (N,) of pictures in [0, 1]: Gaussian window 11, sigma 1.5, K .01 and .03, valid windows only.
+
+    Wang et al., Image Quality Assessment: From Error Visibility to Structural Similarity, 2004.
+    """
+    if min(prediction.shape[2:]) < SSIM_WINDOW:
+        size = " x ".join(map(str, prediction.shape[2:]))
+        raise ValueError(f"SSIM looks at windows of {SSIM_WINDOW} x {SSIM_WINDOW} pixels; these pictures are {size}.")
+    return msssim_ssim(prediction, target, data_range=1, size_average=False, win_size=SSIM_WINDOW)
+
+
+@_full_precision
+def ssim(prediction: Tensor, target: Tensor) -> Tensor:
+    """(1 - SSIM) / 2, in [0, 1]. Raises ValueError for pictures smaller than the window of 11 pixels."""
+    return ((1 - _ssim_per_picture(prediction, target)) / 2).mean()
+
+
+@_full_precision
+def gradient(prediction: Tensor, target: Tensor) -> Tensor:
+    """Spatial gradient loss: mean over all pixels of |dy(d) - dy(g)| + |dx(d) - dx(g)|, forward differences, the last row
+    and column counting 0. It compares edges and slopes, and does not see a constant offset."""
+    error = prediction - target
+    return (error.diff(dim=2).abs().sum() + error.diff(dim=3).abs().sum()) / error.numel()
+
+
+def densedepth(prediction: Tensor, target: Tensor) -> Tensor:
+    """0.1 L1 + (1 - SSIM) / 2 + gradient. Alhashim and Wonka, High Quality Monocular Depth Estimation, 2018 (reports 2, 5)."""
+    return 0.1 * l1(prediction, target) + ssim(prediction, target) + gradient(prediction, target)
+
+
+def l1_ssim_gradient(prediction: Tensor, target: Tensor) -> Tensor:
+    """L1 + (1 - SSIM) / 2 + gradient, each with weight 1 (report 2)."""
+    return l1(prediction, target) + ssim(prediction, target) + gradient(prediction, target)
+
+
+# Every loss: (prediction, target) -> scalar tensor. A mask's prediction are logits, a depth's is depth in [0, 1].
+MASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"bce": bce, "dice": dice, "bce_dice": bce_dice}
+DEPTH_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": l1,
+    "ssim": ssim,
+    "gradient": gradient,
+    "l1_ssim_gradient": l1_ssim_gradient,
+    "densedepth": densedepth,
+}
+
+
+def task_loss(mask_loss: str | None, depth_loss: str | None, depth_weight: float = 1.0) -> Callable[..., Tensor]:
+    """Joins a mask loss and a depth loss by name: loss(mask_logits, depth, mask_true, depth_true) is the mask's plus
+    `depth_weight` times the depth's. One of the names may be None, to train the other task alone.
+
+    Raises ValueError for an unknown name, and where both are None.
+    """
+    if mask_loss is None and depth_loss is None:
+        raise ValueError("mask_loss and depth_loss are both None; there would be nothing to train.")
+    for name, losses, what in ((mask_loss, MASK_LOSSES, "mask loss"), (depth_loss, DEPTH_LOSSES, "depth loss")):
+        if name is not None:
+            _known(name, losses, what)
+
+    def loss(mask_logits: Tensor, depth: Tensor, mask_true: Tensor, depth_true: Tensor) -> Tensor:
+        total = mask_logits.new_zeros((), dtype=torch.float32)
+        if mask_loss is not None:
+            total = total + MASK_LOSSES[mask_loss](mask_logits, mask_true)
+        if depth_loss is not None:
+            total = total + depth_weight * DEPTH_LOSSES[depth_loss](depth, depth_true)
+        return total
+
+    return loss
+
+
+@torch.no_grad()
+def measure(mask_logits: Tensor, depth: Tensor, mask_true: Tensor, depth_true: Tensor) -> dict[str, Tensor]:
+    """Metrics of a batch, one value a sample: a dict of float32 tensors (N,). All arguments are (N, 1, H, W).
+
+    Mask, predicted where the logit is over 0, true where over .5: `iou` = intersection / union and `dice` = 2 intersection
+    / (predicted + true), both 1 where both masks are empty; `pixel_accuracy`.
+    Depth over all pixels: `rmse`, `mae`, `ssim`. Over the pixels whose true depth g is at least 1/255, with the prediction
+    d clamped to at least 1e-3: `abs_rel` = mean |d - g| / g, `log10` = mean |log10 d - log10 g|, and `delta1`, `delta2`,
+    `delta3`, the share of pixels with max(d / g, g / d) < 1.25, 1.25^2, 1.25^3 (Eigen et al., Depth Map Prediction, 2014);
+    NaN for a sample without such a pixel.
+    """
+    over = (1, 2, 3)
+    depth, depth_true = depth.float(), depth_true.float()
+    predicted, true = mask_logits > 0, mask_true > 0.5
+    both, either = (predicted & true).sum(over), (predicted | true).sum(over)
+    error = depth - depth_true
+    counted = depth_true >= 1 / 255
+    d, g = depth.clamp_min(1e-3), depth_true.clamp_min(1 / 255)
+    ratio = torch.maximum(d / g, g / d)
+
+    def mean_counted(values: Tensor) -> Tensor:
+        return (values * counted).sum(over) / counted.sum(over)
+
+    return {
+        "iou": torch.where(either > 0, both / either, 1.0),
+        "dice": torch.where(either > 0, 2 * both / (both + either), 1.0),
+        "pixel_accuracy": (predicted == true).float().mean(over),
+        "rmse": error.square().mean(over).sqrt(),
+        "mae": error.abs().mean(over),
+        "abs_rel": mean_counted((d - g).abs() / g),
+        "log10": mean_counted((d.log10() - g.log10()).abs()),
+        **{f"delta{k}": mean_counted((ratio < 1.25**k).float()) for k in (1, 2, 3)},
+        "ssim": _ssim_per_picture(depth, depth_true),
+    }
+
+
+class Baseline(nn.Module):
+    """What needs no network, in a network's clothes: the mask is where the two pictures differ by more than `threshold`
+    (the largest over the colours, in 1/255), the depth is `mean_depth` (1, 1, H, W) whatever the pictures show."""
+
+    stride = 1
+
+    def __init__(self, threshold: int, mean_depth: Tensor):
+        super().__init__()
+        self.threshold = threshold
+        self.register_buffer("mean_depth", mean_depth)
+
+    def forward(self, bg: Tensor, fg_bg: Tensor) -> tuple[Tensor, Tensor]:
+        difference = 255 * (fg_bg - bg).abs().amax(1, keepdim=True)
+        return difference - self.threshold - 0.5, self.mean_depth.expand(len(bg), -1, -1, -1)
+
+
+def baselines(ds: ZipDataset, train: np.ndarray) -> Baseline:
+    """The two baselines that every result stands beside, fitted to the training samples: the threshold with the best mean
+    IoU, and the mean depth map. What comes back is used like a network, by `evaluate` and the pictures too."""
+    bins, depth_sum, iou_sum = 256, 0.0, 0.0
+    for indices in np.array_split(train, max(1, len(train) // 256)):
+        batch = ds.batch(indices)
+        depth_sum = depth_sum + batch["depth"].double().sum(0, keepdim=True)
+        difference = (batch["fg_bg"].short() - batch["bg"].short()).abs().amax(1).long().flatten(1)
+        mask = batch["mask"].flatten(1).bool()
+        row = torch.arange(len(indices))[:, None] * bins
+
+        def above(values: Tensor, row: Tensor = row, n: int = len(indices)) -> Tensor:
+            """How many pixels of each picture differ by more than 0, 1, 2 ... 255."""
+            counts = torch.bincount(values, minlength=n * bins).view(n, bins)
+            return counts.sum(1, keepdim=True) - counts.cumsum(1)
+
+        inside, outside = above((difference + row)[mask]), above((difference + row)[~mask])
+        union = mask.sum(1, keepdim=True) + outside
+        iou_sum = iou_sum + torch.where(union > 0, inside / union, 1.0).sum(0)
+    return Baseline(int(iou_sum.argmax()), (depth_sum / len(train) / 255).float())
+
+
+# ---------- Runs: a Config says everything, a folder holds everything -------------------------------------------------
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OPTIMIZERS = {"sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+SCHEDULES = {
+    "constant": lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+    "onecycle": lambda optimizer, steps: torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], steps),
+}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Results = dict[str, dict[str, float]]  # part of the split -> metric -> mean over its pictures
+CELLS = ("test_seen", "test_new_bg", "test_new_fg", "test_new_both", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that decides a run's result. `Config(name="first", epochs=2)` runs on the sample.
+
+    Raises ValueError for a name or value that is not known, with the known ones.
+    """
+
+    name: str  # the run's folder below the workspace; may have parts, as in "losses/dice"
+    data: str = ""  # a zip's path; empty: what data_zip() finds
+    depth_near: str = "dark"  # or "bright", in the zip's depth pictures
+    size: int = 64  # pixels a side
+    split: str = "unseen"  # or "image"
+    max_train: int = 0  # at most so many training samples, drawn at random; 0: all
+    max_test: int = 0  # the same for each part that is measured
+    model: str = "resunet"
+    mask_loss: str | None = "bce_dice"  # None trains depth alone
+    depth_loss: str | None = "densedepth"  # None trains the mask alone
+    depth_weight: float = 1.0
+    optimizer: str = "adamw"
+    lr: float = 1e-3  # the schedule's highest
+    weight_decay: float = 1e-2
+    schedule: str = "onecycle"
+    batch_size: int = 16
+    epochs: int = 10
+    augment: str = "mirror"  # or "none"
+    precision: str = "auto"  # or "float32", "bfloat16", "float16"
+    seed: int = 0  # of the first weights, the data order and the augmentation
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)*", self.name):
+            raise ValueError(
+                f"name is {self.name!r}; it can have letters, digits, '_', '-' and '.', with '/' between its parts."
+            )
+        for field, names in (
+            ("split", ("unseen", "image")),
+            ("model", MODELS),
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("augment", ("mirror", "none")),
+            ("precision", ("auto", *PRECISIONS)),
+            ("depth_near", ("dark", "bright")),
+        ):
+            _known(getattr(self, field), names, field)
+        task_loss(self.mask_loss, self.depth_loss)
+        for field in ("size", "batch_size", "epochs", "lr"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be more than 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run as its folder tells it."""
+
+    config: Config
+    folder: Path
+    history: list[dict[str, float]]  # a dict an epoch: epoch, lr, train_loss, valid_loss and all metrics on valid
+    seconds: list[float]  # training time of each epoch
+    results: Results  # empty until finished
+
+    def model(self) -> nn.Module:
+        """The network with the weights of the best epoch (least validation loss), ready to predict."""
+        model = MODELS[self.config.model]().to(DEVICE, memory_format=torch.channels_last)
+        model.load_state_dict(torch.load(self.folder / "best.pt", map_location=DEVICE, weights_only=True))
+        return model.eval()
+
+
+open_zip = functools.lru_cache(maxsize=2)(ZipDataset)  # runs of one notebook share the pictures that are decoded already
+
+
+def compute_dtype(precision: str = "auto") -> torch.dtype:
+    """What convolutions compute in. "auto" is bfloat16 where the device has it in hardware (GPUs from compute capability 8,
+    CPUs with AVX512-BF16), float16 on older GPUs, else float32."""
+    if precision != "auto":
+        return PRECISIONS[precision]
+    if DEVICE.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def autocast(precision: str = "auto") -> torch.autocast:
+    """The context of a forward pass in this precision."""
+    dtype = compute_dtype(precision)
+    return torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
+
+
+def mirror(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each sample as it is or, for every other on average, all its four pictures mirrored left to right."""
+    flip = torch.rand(len(batch["bg"]), device=batch["bg"].device)[:, None, None, None] < 0.5
+    return {kind: torch.where(flip, pictures.flip(3), pictures) for kind, pictures in batch.items()}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    ds: ZipDataset,
+    indices: np.ndarray,
+    loss: Callable[..., Tensor] | None = None,
+    precision: str = "auto",
+    batch_size: int = 32,
+) -> dict[str, np.ndarray]:
+    """All metrics of `measure`, and the loss if one is given, for each of the samples: arrays of len(indices)."""
+    model.eval()
+    values = [{}]
+    for start in range(0, len(indices), batch_size):
+        batch = to_float(ds.batch(indices[start : start + batch_size]), DEVICE)
+        with autocast(precision):
+            mask_logits, depth = model(batch["bg"], batch["fg_bg"])
+        values.append(measure(mask_logits, depth, batch["mask"], batch["depth"]))
+        if loss is not None:
+            batch_loss = loss(mask_logits, depth, batch["mask"], batch["depth"])
+            values[-1]["loss"] = batch_loss.expand(len(batch["bg"]))
+    return {name: torch.cat([v[name] for v in values[1:]]).cpu().numpy() for name in values[-1]}
+
+
+def score(model: nn.Module, ds: ZipDataset, parts: dict[str, np.ndarray], precision: str = "auto") -> Results:
+    """Means over the pictures: part -> metric -> value. Parts without samples are left out."""
+    per_sample = {part: evaluate(model, ds, indices, precision=precision) for part, indices in parts.items() if len(indices)}
+    return {part: {name: float(values.mean()) for name, values in metrics.items()} for part, metrics in per_sample.items()}
+
+
+def parts_of(config: Config, ds: ZipDataset) -> dict[str, np.ndarray]:
+    """The split that a run of this Config uses, cut to its `max_train` and `max_test`."""
+    parts = split(ds, config.split)
+    for part, indices in parts.items():
+        most = config.max_train if part == "train" else config.max_test
+        if most and len(indices) > most:
+            parts[part] = np.sort(np.random.default_rng(0).permutation(indices)[:most])
+    for part in ("train", "valid"):
+        if not len(parts[part]):
+            raise ValueError(f"{ds.path}: of its {len(ds)} samples, split {config.split!r} leaves none for {part}. Use more.")
+    return parts
+
+
+def run(config: Config, stop_after: int | None = None) -> Run:
+    """Trains, or goes on, or reads: whatever is left to do for this Config.
+
+    The run lives in the folder `<workspace>/<name>/`. Where it is not there, it is started; cut off, it goes on after the
+    last whole epoch, to the same result as if it never had been; finished, it is read and nothing is trained.
+    In it: `config.json`; `metrics.csv`, a row an epoch; `timing.csv`, the seconds, apart because no two runs share them;
+    `checkpoint.pt`, all that is needed to go on; `best.pt`, the weights of the least validation loss; `results.json`, the
+    metrics of those weights on all but the training samples, once finished; and `images/epoch_NNN/`, for four training and four
+    test samples the inputs, the truth and the predictions.
+
+    Args:
+        config: what to do.
+        stop_after: leave off after this many epochs, as if cut off there.
+
+    Raises:
+        ValueError: the folder holds a run of another Config or other data (the differences are named); the network cannot
+            take the size; a loss is not finite, with the epoch.
+    """
+    ds = open_zip(data_zip(config.data), config.size, depth_near=config.depth_near)
+    parts = parts_of(config, ds)
+    folder = workspace() / config.name
+    settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint}
+    _refuse_other(folder, settings)
+    if (folder / "results.json").exists():
+        print(f"{config.name}: finished before, read from its folder")
+        return read_run(folder)
+
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(config.seed)
+        model = MODELS[config.model]().to(DEVICE, memory_format=torch.channels_last)
+        check_size(model, config.size, config.size)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / "config.json", settings)
+        steps = -(-len(parts["train"]) // config.batch_size) * config.epochs
+        optimizer = OPTIMIZERS[config.optimizer](model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        schedule = SCHEDULES[config.schedule](optimizer, steps)
+        scaler = torch.amp.GradScaler(DEVICE.type, enabled=compute_dtype(config.precision) == torch.float16)
+        keep = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+        history, seconds = [], []
+        if (folder / "checkpoint.pt").exists():
+            checkpoint = torch.load(folder / "checkpoint.pt", map_location=DEVICE, weights_only=True)
+            for name, part in keep.items():
+                part.load_state_dict(checkpoint[name])
+            history, seconds = checkpoint["history"], checkpoint["seconds"]
+            print(f"{config.name}: goes on after epoch {len(history)}")
+
+        for epoch in range(len(history) + 1, min(config.epochs, stop_after or config.epochs) + 1):
+            started = time.perf_counter()
+            train_loss = _train_epoch(config, ds, parts["train"], epoch, model, optimizer, schedule, scaler)
+            seconds.append(time.perf_counter() - started)
+            loss = task_loss(config.mask_loss, config.depth_loss, config.depth_weight)
+            valid = {name: float(v.mean()) for name, v in evaluate(model, ds, parts["valid"], loss, config.precision).items()}
+            history.append({"epoch": epoch, "lr": schedule.get_last_lr()[0], "train_loss": train_loss})
+            history[-1] |= {f"valid_{name}": value for name, value in valid.items()}
+
+            _save_images(folder / "images" / f"epoch_{epoch:03}", model, ds, _watched(parts), config.precision)
+            if valid["loss"] <= min(row["valid_loss"] for row in history):
+                _save(folder / "best.pt", model.state_dict())
+            states = {name: part.state_dict() for name, part in keep.items()}
+            _save(folder / "checkpoint.pt", states | {"history": history, "seconds": seconds})
+            _write_tables(folder, history, seconds)
+            print(
+                f"{config.name}  epoch {epoch}/{config.epochs}  loss {train_loss:.3f}  valid: loss {valid['loss']:.3f}  "
+                f"IoU {valid['iou']:.3f}  RMSE {valid['rmse']:.3f}  ({len(parts['train']) / seconds[-1]:.0f} images/s)"
+            )
+
+        _write_tables(folder, history, seconds)  # a run that was cut off between checkpoint and tables lacks a row
+        if len(history) == config.epochs:
+            tests = {part: indices for part, indices in parts.items() if part != "train"}
+            _write_json(folder / "results.json", score(read_run(folder).model(), ds, tests, config.precision))
+    return read_run(folder)
+
+
+def read_run(folder: str | Path) -> Run:
+    """The run in this folder, as far as it has come. Raises FileNotFoundError where there is none."""
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} holds no run (no config.json).")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("fingerprint")
+    tables = {"metrics": [], "timing": []}
+    for name in tables:
+        if (folder / f"{name}.csv").exists():
+            with open(folder / f"{name}.csv", newline="") as file:
+                tables[name] = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    results = folder / "results.json"
+    return Run(
+        config=Config(**config),
+        folder=folder,
+        history=tables["metrics"],
+        seconds=[row["seconds"] for row in tables["timing"]],
+        results=json.loads(results.read_text()) if results.exists() else {},
+    )
+
+
+def _refuse_other(folder: Path, settings: dict) -> None:
+    """Raises ValueError where the folder holds a run with other settings. Data are known by their content (`fingerprint`),
+    not by their path, which may change with the machine."""
+    if (folder / "config.json").exists():
+        theirs = json.loads((folder / "config.json").read_text())
+        keys = [key for key in settings if key != "data" and settings[key] != theirs.get(key)]
+        if changes := ", ".join(f"{key} was {theirs.get(key)!r} and is {settings[key]!r}" for key in keys):
+            raise ValueError(f"The run {settings['name']!r} exists, but {changes}. Take another name, or delete its folder.")
+
+
+def _train_epoch(
+    config: Config,
+    ds: ZipDataset,
+    indices: np.ndarray,
+    epoch: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
+) -> float:
+    """One pass over the samples; gives the mean loss. Everything random in it depends on seed and epoch alone, which makes
+    going on after an interruption exact."""
+    model.train()
+    torch.manual_seed(config.seed * 1_000_003 + epoch)
+    order = indices[torch.randperm(len(indices)).numpy()]
+    loss_of = task_loss(config.mask_loss, config.depth_loss, config.depth_weight)
+    total = torch.zeros((), device=DEVICE)  # summed on the device: reading each value would wait for the GPU
+    about = f"epoch {epoch}/{config.epochs}"
+    with tqdm(total=len(order), desc=about, unit=" images", leave=False, file=sys.stdout) as bar:
+        for start in range(0, len(order), config.batch_size):
+            batch = to_float(ds.batch(order[start : start + config.batch_size]), DEVICE)
+            if config.augment == "mirror":
+                batch = mirror(batch)
+            with autocast(config.precision):
+                mask_logits, depth = model(batch["bg"], batch["fg_bg"])
+            loss = loss_of(mask_logits, depth, batch["mask"], batch["depth"])
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            total += loss.detach() * len(batch["bg"])
+            bar.update(len(batch["bg"]))
+    mean = total.item() / len(order)
+    if not np.isfinite(mean):
+        raise ValueError(f"The loss of epoch {epoch} is {mean}. The run stands as after epoch {epoch - 1}; try a smaller lr.")
+    return mean
+
+
+def _save(path: Path, state: dict) -> None:
+    with _replacing(path) as part:
+        torch.save(state, part)
+
+
+def _write_json(path: Path, values: dict) -> None:
+    with _replacing(path) as part:
+        part.write_text(json.dumps(values, indent=1))
+
+
+def _write_tables(folder: Path, history: list[dict[str, float]], seconds: list[float]) -> None:
+    timing = [{"epoch": row["epoch"], "seconds": s} for row, s in zip(history, seconds, strict=True)]
+    for name, rows in (("metrics", history), ("timing", timing)):
+        with _replacing(folder / f"{name}.csv") as part, open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0] if rows else ["epoch"])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _watched(parts: dict[str, np.ndarray], each: int = 4) -> dict[str, np.ndarray]:
+    """The samples whose pictures are kept: the same few of the training and of the hardest test part, in every epoch."""
+    test = next(part for part in ("test_new_both", "test", "test_seen", "valid") if len(parts.get(part, ())))
+    watched = {"train": parts["train"], test: parts[test]}
+    return {part: indices[np.linspace(0, len(indices) - 1, each).astype(int)] for part, indices in watched.items()}
+
+
+# ---------- Pictures --------------------------------------------------------------------------------------------------
+
+DEPTH_COLOURS = "viridis"  # dark is near
+ERROR_COLOURS = "magma"
+CELL_COLOURS = {
+    "valid": "#8c8c8c",
+    "test_seen": "#0173b2",
+    "test_new_bg": "#029e73",
+    "test_new_fg": "#de8f05",
+    "test_new_both": "#cc3311",
+    "test": "#cc3311",
+}
+TITLES = {
+    "bg": "background",
+    "fg_bg": "with object",
+    "mask": "mask",
+    "depth": "depth",
+    "iou": "mask IoU",
+    "rmse": "depth RMSE",
+    "delta1": "depth δ < 1.25",
+    "loss": "loss",
+    "test_seen": "seen",
+    "test_new_bg": "new background",
+    "test_new_fg": "new object",
+    "test_new_both": "new background and object",
+}
+LOWER_IS_BETTER = ("loss", "rmse", "mae", "abs_rel", "log10")
+
+
+def _predict_batch(model: nn.Module, ds: ZipDataset, indices: Sequence[int], precision: str = "auto") -> dict[str, Tensor]:
+    """The samples as float pictures, with the network's `mask_predicted` (0 or 1), `depth_predicted` and metrics beside."""
+    batch = to_float(ds.batch(indices), DEVICE)
+    with torch.no_grad(), autocast(precision):
+        mask_logits, depth = model.eval()(batch["bg"], batch["fg_bg"])
+    metrics = measure(mask_logits, depth, batch["mask"], batch["depth"])
+    batch |= {"mask_predicted": (mask_logits > 0).float(), "depth_predicted": depth.float(), **metrics}
+    return {name: values.cpu() for name, values in batch.items()}
+
+
+def _grid(rows: int, columns: int, titles: Sequence[str], side: float = 1.5) -> tuple[plt.Figure, np.ndarray]:
+    """A figure of square axes without ticks, with titles above the columns."""
+    size = (side * columns, side * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", dpi=90)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for axis, title in zip(axes[0], titles, strict=False):
+        axis.set_title(title, fontsize=9)
+    return figure, axes
+
+
+def _draw(axis: plt.Axes, kind: str, picture: Tensor) -> plt.cm.ScalarMappable:
+    """One picture (C, H, W) in the colours of its kind: photographs as they are, masks grey, depth and errors in a map."""
+    colours = {"mask": "gray", "depth": DEPTH_COLOURS, "error": ERROR_COLOURS}.get(kind)
+    top = 0.5 if kind == "error" else 1
+    return axis.imshow(picture.permute(1, 2, 0).squeeze(-1), cmap=colours, vmin=0, vmax=top, interpolation="nearest")
+
+
+def show_samples(ds: ZipDataset, indices: Sequence[int]) -> plt.Figure:
+    """A column a sample: background, picture with object, mask, depth with its colour bar."""
+    batch = to_float(ds.batch(indices))
+    figure, axes = _grid(len(KINDS), len(indices), [ds.name(i) for i in indices])
+    for kind, row in zip(KINDS, axes, strict=True):
+        row[0].set_ylabel(TITLES[kind], fontsize=9)
+        for axis, picture in zip(row, batch[kind], strict=True):
+            drawn = _draw(axis, kind, picture)
+    figure.colorbar(drawn, ax=axes[-1, :], label="near → far", fraction=0.05, pad=0.01)
+    return figure
+
+
+def show_predictions(model: nn.Module, ds: ZipDataset, indices: Sequence[int], precision: str = "auto") -> plt.Figure:
+    """A row a sample: the two inputs; mask, prediction and where they differ; depth, prediction and the absolute error."""
+    batch = _predict_batch(model, ds, indices, precision)
+    titles = ("background", "with object", "mask", "predicted", "wrong", "depth", "predicted", "error")
+    figure, axes = _grid(len(indices), len(titles), titles)
+    for i, row in enumerate(axes):
+        wrong = (batch["mask_predicted"][i] - batch["mask"][i]).abs()
+        error = (batch["depth_predicted"][i] - batch["depth"][i]).abs()
+        pictures = [("bg", batch["bg"][i]), ("fg_bg", batch["fg_bg"][i])]
+        pictures += [("mask", batch["mask"][i]), ("mask", batch["mask_predicted"][i]), ("mask", wrong)]
+        pictures += [("depth", batch["depth"][i]), ("depth", batch["depth_predicted"][i]), ("error", error)]
+        drawn = [_draw(axis, kind, picture) for axis, (kind, picture) in zip(row, pictures, strict=True)]
+        row[0].set_ylabel(ds.name(indices[i]), fontsize=7)
+        row[3].set_xlabel(f"IoU {batch['iou'][i]:.3f}", fontsize=8)
+        row[6].set_xlabel(f"RMSE {batch['rmse'][i]:.3f}", fontsize=8)
+    for kind, label in ((6, "depth: near → far"), (7, "depth error")):
+        figure.colorbar(drawn[kind], ax=axes, label=label, fraction=0.02, pad=0.005, shrink=0.9)
+    return figure
+
+
+def compare_predictions(models: dict[str, nn.Module], ds: ZipDataset, indices: Sequence[int]) -> plt.Figure:
+    """Two rows a sample, mask and depth: the picture, the truth, and the prediction of each network in a column of its own."""
+    batches = [_predict_batch(model, ds, indices) for model in models.values()]
+    figure, axes = _grid(2 * len(indices), 2 + len(models), ("input", "truth", *models))
+    for i in range(len(indices)):
+        for row, kind, metric in ((axes[2 * i], "mask", "iou"), (axes[2 * i + 1], "depth", "rmse")):
+            _draw(row[0], *(("fg_bg", batches[0]["fg_bg"][i]) if kind == "mask" else ("bg", batches[0]["bg"][i])))
+            drawn = _draw(row[1], kind, batches[0][kind][i])
+            for axis, batch in zip(row[2:], batches, strict=True):
+                _draw(axis, kind, batch[f"{kind}_predicted"][i])
+                axis.set_xlabel(f"{metric.upper().replace('IOU', 'IoU')} {batch[metric][i]:.3f}", fontsize=8)
+    figure.colorbar(drawn, ax=axes, label="depth: near → far", location="bottom", fraction=0.03, pad=0.01, aspect=50)
+    return figure
+
+
+def plot_history(runs: dict[str, Run], metrics: Sequence[str] = ("loss", "iou", "rmse")) -> plt.Figure:
+    """A panel a metric, a curve a run, over the epochs, on the validation samples; dashed: the loss in training."""
+    figure, axes = plt.subplots(1, len(metrics), figsize=(4 * len(metrics), 3), layout="constrained", dpi=90)
+    for metric, axis in zip(metrics, np.atleast_1d(axes), strict=True):
+        for label, one in runs.items():
+            epochs = [row["epoch"] for row in one.history]
+            (line,) = axis.plot(epochs, [row[f"valid_{metric}"] for row in one.history], marker=".", label=label)
+            if metric == "loss":
+                axis.plot(epochs, [row["train_loss"] for row in one.history], "--", color=line.get_color(), alpha=0.6)
+        axis.set(title=TITLES.get(metric, metric), xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    if len(runs) > 1:
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def compare_runs(results: dict[str, Results], metrics: Sequence[str] = ("iou", "rmse", "delta1")) -> plt.Figure:
+    """A panel a metric, a line a run, a dot for each test part; `results` holds `Run.results` or what `score` gives."""
+    size = (4 * len(metrics), 1.2 + 0.35 * len(results))
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, layout="constrained", dpi=90)
+    for metric, axis in zip(metrics, np.atleast_1d(axes), strict=True):
+        for cell in CELLS:
+            points = [(parts[cell][metric], y) for y, parts in enumerate(results.values()) if cell in parts]
+            if points:
+                colour = CELL_COLOURS[cell]
+                axis.scatter(*zip(*points, strict=True), color=colour, label=TITLES.get(cell, cell), s=30, zorder=3)
+        better = "lower" if metric in LOWER_IS_BETTER else "higher"
+        axis.set_title(f"{TITLES.get(metric, metric)} ({better} is better)", fontsize=9)
+        axis.set_yticks(range(len(results)), results)
+        axis.grid(alpha=0.3)
+    axis.set_ylim(len(results) - 0.5, -0.5)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(CELLS), fontsize=8)
+    return figure
+
+
+def results_table(
+    results: dict[str, Results], metrics: Sequence[str] = ("iou", "rmse", "delta1"), cells: Sequence[str] = CELLS
+) -> HTML:
+    """A table for a notebook: a row a run, a column for each test part and metric, the best value of a column bold.
+    `results` is as in `compare_runs`."""
+    cells = [cell for cell in cells if any(cell in parts for parts in results.values())]
+    head = "".join(f'<th colspan="{len(metrics)}">{TITLES.get(cell, cell)}</th>' for cell in cells)
+    names = "".join(f"<th>{TITLES.get(metric, metric)}</th>" for _ in cells for metric in metrics)
+    best = {}
+    for cell in cells:
+        for metric in metrics:
+            column = [parts[cell][metric] for parts in results.values() if cell in parts]
+            best[cell, metric] = min(column) if metric in LOWER_IS_BETTER else max(column)
+    body = ""
+    for label, parts in results.items():
+        body += f"<tr><td>{html.escape(label)}</td>"
+        for cell in cells:
+            for metric in metrics:
+                value = parts.get(cell, {}).get(metric)
+                text = "–" if value is None else f"{value:.3f}"
+                body += f"<td><b>{text}</b></td>" if value == best[cell, metric] else f"<td>{text}</td>"
+        body += "</tr>"
+    return HTML(f"<table><tr><th></th>{head}</tr><tr><th></th>{names}</tr>{body}</table>")
+
+
+def _save_images(folder: Path, model: nn.Module, ds: ZipDataset, watched: dict[str, np.ndarray], precision: str) -> None:
+    """Writes inputs, truth and predictions of the watched samples: single pictures, 8 bit and as the network's values are,
+    and `sheet.png` with a row a sample and depth in colours. The folder appears only once it is whole."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    kinds, tiles = ("bg", "fg_bg", "mask", "mask_predicted", "depth", "depth_predicted"), []
+    for name, indices in watched.items():
+        batch = _predict_batch(model, ds, indices, precision)
+        for i, index in enumerate(indices):
+            for kind in kinds:
+                picture = batch[kind][i]
+                save_image(picture, part / f"{name}_{ds.name(index)}_{kind}.png")
+                if kind.startswith("depth"):
+                    picture = torch.from_numpy(plt.get_cmap(DEPTH_COLOURS)(picture[0].numpy())[..., :3]).permute(2, 0, 1)
+                tiles.append(picture.float().expand(3, -1, -1))
+    sheet = make_grid(tiles, nrow=len(kinds), padding=2, pad_value=1.0)
+    head = Image.new("L", (sheet.shape[2], 12), "white")
+    for i, kind in enumerate(kinds):
+        ImageDraw.Draw(head).text((i * (ds.size + 2) + 2, 0), kind.replace("_", " "), fill="black")
+    head = torch.from_numpy(np.array(head) / np.float32(255)).expand(3, -1, -1)
+    save_image(torch.cat([head, sheet], 1), part / "sheet.png")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
