@@ -41,8 +41,11 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on a GPU too: TF32 moves SSIM by hundredths
+
 # ---------- Where it runs ---------------------------------------------------------------------------------------------
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCALE = os.environ.get("SCALE") or ("full" if torch.cuda.is_available() else "quick")
 if SCALE not in ("quick", "full"):
     raise ValueError(f"The environment variable SCALE is {SCALE!r}; it can be 'quick' or 'full'.")
@@ -80,10 +83,11 @@ def _drive_folder() -> Path | None:
 
 
 def workspace() -> Path:
-    """The folder for results, made if need be: the environment variable WORKSPACE, else in Colab a folder on Drive (so that
-    it outlives the machine; without consent a local one, and a line says so), else `runs/` beside helpers.py."""
+    """The folder for results, made if need be: the environment variable WORKSPACE (relative paths start at the project),
+    else in Colab a folder on Drive (so that it outlives the machine; without consent a local one, and a line says so), else
+    `runs/` beside helpers.py."""
     if os.environ.get("WORKSPACE"):
-        folder = Path(os.environ["WORKSPACE"])
+        folder = ROOT / os.environ["WORKSPACE"]
     else:
         folder = (_drive_folder() if in_colab() else None) or ROOT / "runs"
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,20 +101,27 @@ def data_zip(path: str | Path = "") -> Path:
     A zip on Drive is copied to the machine's own disk first: Drive is slow where a file is read here and there.
     Raises FileNotFoundError where a path was given, or set in DATA_ZIP, and nothing is there.
     """
-    chosen = str(path) or os.environ.get("DATA_ZIP", "")
-    if not chosen:
-        made = workspace() / "scenes.zip"
-        return made if made.exists() else ROOT / "assets" / "sample.zip"
-    chosen = Path(chosen).expanduser()
-    if not chosen.is_file():
-        raise FileNotFoundError(f"{chosen}: there is no such file. Give the path of a data set zip, or none for the sample.")
-    if DRIVE in chosen.resolve().parents:
-        local = Path("/content") / chosen.name
-        if not local.exists() or local.stat().st_size != chosen.stat().st_size:
-            with _replacing(local) as part:
-                shutil.copyfile(chosen, part)
-        return local
-    return chosen
+    given = str(path) or os.environ.get("DATA_ZIP", "")
+    if given:
+        given = Path(given).expanduser()
+        if in_colab() and DRIVE in given.parents:
+            _drive_folder()  # mounts Drive
+        # A notebook's kernel starts in notebooks/, so the path may also be meant from the project's folder.
+        found = next((path for path in (given, ROOT / given) if path.is_file()), None)
+        if found is None:
+            raise FileNotFoundError(f"{given}: there is no such file. Give the path of a data set zip, or none for the sample.")
+    else:
+        found = workspace() / "scenes.zip"
+        if not found.exists():
+            return ROOT / "assets" / "sample.zip"
+    if DRIVE not in found.resolve().parents:
+        return found
+    local, there = DRIVE.parent / found.name, found.stat()
+    if not local.exists() or (local.stat().st_size, int(local.stat().st_mtime)) != (there.st_size, int(there.st_mtime)):
+        with _replacing(local) as part:
+            shutil.copyfile(found, part)
+            os.utime(part, (there.st_atime, there.st_mtime))
+    return local
 
 
 @contextlib.contextmanager
@@ -127,41 +138,28 @@ KINDS = ("bg", "fg_bg", "mask", "depth")
 CHANNELS = {"bg": 3, "fg_bg": 3, "mask": 1, "depth": 1}
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How one published data set names its files.
-
-    A file's path ends in folder/stem + suffix + .jpg, .jpeg or .png; a leading folder may wrap it all. The groups of the
-    stems are numbers: `background` has one, the background's; `sample` begins with it, then the object's, then the place's.
-    """
-
-    folders: tuple[str, str, str, str]  # of bg, fg_bg, mask, depth
-    background: str
-    sample: str
-    suffixes: tuple[str, str, str, str] = ("", "", "", "")
-    mirrored_ids: bool = False  # object f + F/2 is object f, mirrored
-
-    def pattern(self, kind: str) -> re.Pattern:
-        """The regular expression that a whole path of this kind matches."""
-        k = KINDS.index(kind)
-        stem = self.background if kind == "bg" else self.sample
-        return re.compile(rf"(?:.*/)?{self.folders[k]}/{stem}{self.suffixes[k]}\.(?:jpe?g|png)", re.IGNORECASE)
-
-
+# How the published data sets name their pictures; a leading folder may wrap it all, and .jpg, .jpeg or .png follows. The
+# groups are numbers: the background's, then the object's, then the place's.
 LAYOUTS = {
-    "raguram": Layout(
-        folders=("bg_images", "fg_bg", "fg_bg_mask", "fg_bg_depth"),
-        background=r"Image_(\d+)",
-        sample=r"Image_(\d+)_(\d+)_(\d+)",
-        mirrored_ids=True,
-    ),
-    "modest": Layout(
-        folders=("bg", "bg_fg", "bg_fg_mask", "bg_fg_depth_map"),
-        background=r"bg(\d+)",
-        sample=r"bg(\d+)_fg(\d+)_(\d+)",
-        suffixes=("", "", "_mask", "_depth_map"),
-    ),
+    "raguram": {
+        "bg": r"bg_images/Image_(\d+)",
+        "fg_bg": r"fg_bg/Image_(\d+)_(\d+)_(\d+)",
+        "mask": r"fg_bg_mask/Image_(\d+)_(\d+)_(\d+)",
+        "depth": r"fg_bg_depth/Image_(\d+)_(\d+)_(\d+)",
+    },
+    "modest": {
+        "bg": r"bg/bg(\d+)",
+        "fg_bg": r"bg_fg/bg(\d+)_fg(\d+)_(\d+)",
+        "mask": r"bg_fg_mask/bg(\d+)_fg(\d+)_(\d+)_mask",
+        "depth": r"bg_fg_depth_map/bg(\d+)_fg(\d+)_(\d+)_depth_map",
+    },
 }
+MIRRORED_IDS = ("raguram",)  # layouts in which object f + F/2 is object f, mirrored
+
+
+def _pattern(layout: str, kind: str) -> re.Pattern:
+    """The regular expression that a whole path of this kind matches."""
+    return re.compile(rf"(?:.*/)?{LAYOUTS[layout][kind]}\.(?:jpe?g|png)", re.IGNORECASE)
 
 
 class ZipDataset(torch.utils.data.Dataset):
@@ -196,7 +194,7 @@ class ZipDataset(torch.utils.data.Dataset):
         self.path, self.size, self.depth_near = Path(path), size, depth_near
         files = _read_directory(self.path)
         self.layout = layout or _recognise_layout(self.path, [f.filename for f in files])
-        keys, rows = _match_samples(self.path, [f.filename for f in files], LAYOUTS[self.layout])
+        keys, rows = _match_samples(self.path, [f.filename for f in files], self.layout)
 
         self._bytes = np.memmap(self.path, np.uint8, "r")
         self._files = np.array(
@@ -206,20 +204,18 @@ class ZipDataset(torch.utils.data.Dataset):
         self._names = np.array([f.filename.encode() for f in files])
         self._rows = rows  # (samples, 4): which file is the bg, fg_bg, mask, depth of a sample
         self.bg_id, self.fg_id = keys[:, 0], keys[:, 1]
-        if LAYOUTS[self.layout].mirrored_ids:
+        if self.layout in MIRRORED_IDS:
             self.fg_id = _fold_mirrored(self.bg_id, self.fg_id)
         self.fingerprint = f"{zlib.crc32(self._files['crc'].tobytes(), zlib.crc32(self._names.tobytes())):08x}"
 
-        # One row a file and kind; the pages of an empty tensor cost nothing until a decoded picture is written to them.
-        self._slot, bytes_needed = {}, 0
-        for k, kind in enumerate(KINDS):
-            used, self._slot[kind] = np.unique(rows[:, k], return_inverse=True)
-            bytes_needed += len(used) * CHANNELS[kind] * size * size
-        self.cached = bytes_needed < psutil.virtual_memory().available / 2
+        self._slot = {kind: np.unique(rows[:, k], return_inverse=True)[1] for k, kind in enumerate(KINDS)}
+        counts = {kind: int(slot.max()) + 1 for kind, slot in self._slot.items()}
+        needed = sum(count * CHANNELS[kind] * size * size for kind, count in counts.items())
+        self.cached = needed < psutil.virtual_memory().available / 2
         if self.cached:
-            slots = {kind: int(slot.max()) + 1 for kind, slot in self._slot.items()}
-            self._store = {k: torch.empty(n, CHANNELS[k], size, size, dtype=torch.uint8) for k, n in slots.items()}
-            self._ready = {k: np.zeros(n, bool) for k, n in slots.items()}
+            rooms = {kind: self._empty(kind, count) for kind, count in counts.items()}
+            self._store = {kind: store for kind, (store, _) in rooms.items()}
+            self._ready = {kind: ready for kind, (_, ready) in rooms.items()}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -249,27 +245,27 @@ class ZipDataset(torch.utils.data.Dataset):
         return {kind: self._pictures(kind, indices) for kind in KINDS}
 
     def _pictures(self, kind: str, indices: np.ndarray) -> Tensor:
-        slots, files = self._slot[kind][indices], self._rows[indices, KINDS.index(kind)]
+        files = self._rows[indices, KINDS.index(kind)]
         if self.cached:
-            store, ready = self._store[kind], self._ready[kind]
-            slots, files = slots[~ready[slots]], files[~ready[slots]]
-            slots, first = np.unique(slots, return_index=True)
-        else:
-            store = torch.empty(len(indices), CHANNELS[kind], self.size, self.size, dtype=torch.uint8)
-            slots = first = np.arange(len(indices))
+            slots, store, ready = self._slot[kind][indices], self._store[kind], self._ready[kind]
+        else:  # each file once, in a store of this batch's own
+            slots = np.unique(files, return_inverse=True)[1]
+            store, ready = self._empty(kind, len(files))
+        first = np.unique(slots, return_index=True)[1]
+        first = first[~ready[slots[first]]]
 
-        def decode(slot: int, file: int) -> None:
-            store[slot] = self._decode(file, kind)
+        def decode(i: int) -> None:
+            store[slots[i]] = self._decode(files[i], kind)
 
-        if len(slots) > 1:  # JPEG decoding lets other threads run
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(decode, slots, files[first]))
-        elif len(slots):
-            decode(slots[0], files[first[0]])
-        if not self.cached:
-            return store
-        ready[slots] = True
-        return store[self._slot[kind][indices]]
+        if len(first):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # JPEG decoding lets other threads run
+                list(pool.map(decode, first))
+        ready[slots[first]] = True
+        return store[slots]
+
+    def _empty(self, kind: str, count: int) -> tuple[Tensor, np.ndarray]:
+        """Room for so many pictures, and which of them are there. Pages of an empty tensor cost nothing until written."""
+        return torch.empty(count, CHANNELS[kind], self.size, self.size, dtype=torch.uint8), np.zeros(count, bool)
 
     def _read(self, file: int) -> bytes:
         entry = self._files[file]
@@ -278,22 +274,26 @@ class ZipDataset(torch.utils.data.Dataset):
         raw = self._bytes[start : start + entry["size"]].tobytes()
         try:
             raw = zlib.decompress(raw, -zlib.MAX_WBITS) if entry["method"] == zipfile.ZIP_DEFLATED else raw
+            if zlib.crc32(raw) != entry["crc"]:
+                raise zlib.error("its checksum differs")
         except zlib.error as error:
-            raise ValueError(f"{self.path}: {self._names[file].decode()} is damaged ({error}).") from error
-        if zlib.crc32(raw) != entry["crc"]:
-            raise ValueError(f"{self.path}: {self._names[file].decode()} is damaged (its checksum differs). Copy the zip anew.")
+            name = self._names[file].decode()
+            raise ValueError(f"{self.path}: {name} is damaged ({error}). Copy the zip anew.") from error
         return raw
 
     def _decode(self, file: int, kind: str) -> Tensor:
         try:
-            picture = Image.open(io.BytesIO(self._read(file))).convert("RGB" if CHANNELS[kind] == 3 else "L")
+            picture = Image.open(io.BytesIO(self._read(file)))
+            if picture.mode.startswith("I"):
+                raise OSError("it has 16 bits a pixel, and 8 are read")
+            picture = picture.convert("RGB" if CHANNELS[kind] == 3 else "L")
         except OSError as error:
             raise ValueError(f"{self.path}: {self._names[file].decode()} cannot be read as a picture ({error}).") from error
-        way = Image.Resampling.BOX if kind == "mask" else Image.Resampling.BILINEAR
-        pixels = torch.from_numpy(np.array(picture.resize((self.size, self.size), way)))
-        pixels = pixels.view(self.size, self.size, -1).permute(2, 0, 1)
-        if kind == "mask":
-            return (pixels > 127).byte()
+        size = (self.size, self.size)
+        if kind == "mask":  # in float, as rounding to 8 bit would move pixels that are exactly half object
+            return torch.from_numpy(np.array(picture.convert("F").resize(size, Image.Resampling.BOX)) > 127.5).byte()[None]
+        pixels = torch.from_numpy(np.array(picture.resize(size, Image.Resampling.BILINEAR)))
+        pixels = pixels.view(*size, -1).permute(2, 0, 1)
         return 255 - pixels if kind == "depth" and self.depth_near == "bright" else pixels
 
 
@@ -319,23 +319,25 @@ def _read_directory(path: Path) -> list[zipfile.ZipInfo]:
 
 def _recognise_layout(path: Path, names: Sequence[str]) -> str:
     """The layout whose fg_bg pattern matches the most names."""
-    patterns = {layout: LAYOUTS[layout].pattern("fg_bg") for layout in LAYOUTS}
+    patterns = {layout: _pattern(layout, "fg_bg") for layout in LAYOUTS}
     counts = {layout: sum(map(bool, map(pattern.fullmatch, names))) for layout, pattern in patterns.items()}
     best = max(counts, key=counts.get)
     if counts[best]:
         return best
     examples = {name.rpartition("/")[0] or ".": name for name in names}
     found = ", ".join(list(examples.values())[:4])
-    known = "; ".join(f"{layout} ({', '.join(LAYOUTS[layout].folders)})" for layout in LAYOUTS)
+    known = "; ".join(
+        f"{layout} ({', '.join(name.partition('/')[0] for name in kinds.values())})" for layout, kinds in LAYOUTS.items()
+    )
     raise ValueError(f"{path}: no known layout. Found {len(names)} files such as {found}. Known layouts and folders: {known}.")
 
 
-def _match_samples(path: Path, names: Sequence[str], layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+def _match_samples(path: Path, names: Sequence[str], layout: str) -> tuple[np.ndarray, np.ndarray]:
     """Which files make a sample, in numerical order: keys (samples, 3), numbers of background, object and place; and rows
     (samples, 4), each sample's four files."""
     found = {}
     for kind in KINDS:
-        pattern, found[kind] = layout.pattern(kind), {}
+        pattern, found[kind] = _pattern(layout, kind), {}
         for i, name in enumerate(names):
             if match := pattern.fullmatch(name):
                 key = tuple(map(int, match.groups()))
@@ -368,6 +370,7 @@ def _fold_mirrored(bg_id: np.ndarray, fg_id: np.ndarray) -> np.ndarray:
         mirrored = pairs % stride >= half
         if np.array_equal(pairs[~mirrored], pairs[mirrored] - half):
             return fg_id % half
+    warnings.warn("Mirrored objects cannot be told by their backgrounds here; the highest number decides.", stacklevel=3)
     return fg_id % ((stride + 1) // 2)
 
 
@@ -599,15 +602,10 @@ class DualStream(nn.Module):
 
 
 # Every network: mask_logits, depth = model(bg, fg_bg), each (N, 1, H, W); depth is in [0, 1].
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "resunet": ResUNet,
-    "dual_stream": DualStream,
-}
+MODELS: dict[str, Callable[[], nn.Module]] = {"resunet": ResUNet, "dual_stream": DualStream}
 
 
 # ---------- Losses and metrics ----------------------------------------------------------------------------------------
-
-SSIM_WINDOW = 11
 
 
 def _full_precision(loss: Callable) -> Callable:
@@ -651,18 +649,18 @@ def l1(prediction: Tensor, target: Tensor) -> Tensor:
     return F.l1_loss(prediction, target)
 
 
+@_full_precision
 def _ssim_per_picture(prediction: Tensor, target: Tensor) -> Tensor:
     """Structural similarity (N,) of pictures in [0, 1]: Gaussian window 11, sigma 1.5, K .01 and .03, valid windows only.
 
     Wang et al., Image Quality Assessment: From Error Visibility to Structural Similarity, 2004.
     """
-    if min(prediction.shape[2:]) < SSIM_WINDOW:
-        size = " x ".join(map(str, prediction.shape[2:]))
-        raise ValueError(f"SSIM looks at windows of {SSIM_WINDOW} x {SSIM_WINDOW} pixels; these pictures are {size}.")
-    return msssim_ssim(prediction, target, data_range=1, size_average=False, win_size=SSIM_WINDOW)
+    height, width = prediction.shape[2:]
+    if min(height, width) < 11:
+        raise ValueError(f"SSIM looks at windows of 11 x 11 pixels; these pictures are {height} x {width}.")
+    return msssim_ssim(prediction, target, data_range=1, size_average=False)
 
 
-@_full_precision
 def ssim(prediction: Tensor, target: Tensor) -> Tensor:
     """(1 - SSIM) / 2, in [0, 1]. Raises ValueError for pictures smaller than the window of 11 pixels."""
     return ((1 - _ssim_per_picture(prediction, target)) / 2).mean()
@@ -687,14 +685,9 @@ def l1_ssim_gradient(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 # Every loss: (prediction, target) -> scalar tensor. A mask's prediction are logits, a depth's is depth in [0, 1].
-MASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"bce": bce, "dice": dice, "bce_dice": bce_dice}
-DEPTH_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "l1": l1,
-    "ssim": ssim,
-    "gradient": gradient,
-    "l1_ssim_gradient": l1_ssim_gradient,
-    "densedepth": densedepth,
-}
+Loss = Callable[[Tensor, Tensor], Tensor]
+MASK_LOSSES: dict[str, Loss] = {loss.__name__: loss for loss in (bce, dice, bce_dice)}
+DEPTH_LOSSES: dict[str, Loss] = {loss.__name__: loss for loss in (l1, ssim, gradient, l1_ssim_gradient, densedepth)}
 
 
 def task_loss(mask_loss: str | None, depth_loss: str | None, depth_weight: float = 1.0) -> Callable[..., Tensor]:
@@ -705,17 +698,15 @@ def task_loss(mask_loss: str | None, depth_loss: str | None, depth_weight: float
     """
     if mask_loss is None and depth_loss is None:
         raise ValueError("mask_loss and depth_loss are both None; there would be nothing to train.")
-    for name, losses, what in ((mask_loss, MASK_LOSSES, "mask loss"), (depth_loss, DEPTH_LOSSES, "depth loss")):
-        if name is not None:
-            _known(name, losses, what)
+    if mask_loss is not None:
+        _known(mask_loss, MASK_LOSSES, "mask loss")
+    if depth_loss is not None:
+        _known(depth_loss, DEPTH_LOSSES, "depth loss")
 
     def loss(mask_logits: Tensor, depth: Tensor, mask_true: Tensor, depth_true: Tensor) -> Tensor:
-        total = mask_logits.new_zeros((), dtype=torch.float32)
-        if mask_loss is not None:
-            total = total + MASK_LOSSES[mask_loss](mask_logits, mask_true)
-        if depth_loss is not None:
-            total = total + depth_weight * DEPTH_LOSSES[depth_loss](depth, depth_true)
-        return total
+        mask_term = MASK_LOSSES[mask_loss](mask_logits, mask_true) if mask_loss is not None else 0
+        depth_term = DEPTH_LOSSES[depth_loss](depth, depth_true) if depth_loss is not None else 0
+        return mask_term + depth_weight * depth_term
 
     return loss
 
@@ -760,8 +751,6 @@ class Baseline(nn.Module):
     """What needs no network, in a network's clothes: the mask is where the two pictures differ by more than `threshold`
     (the largest over the colours, in 1/255), the depth is `mean_depth` (1, 1, H, W) whatever the pictures show."""
 
-    stride = 1
-
     def __init__(self, threshold: int, mean_depth: Tensor):
         super().__init__()
         self.threshold = threshold
@@ -775,41 +764,38 @@ class Baseline(nn.Module):
 def baselines(ds: ZipDataset, train: np.ndarray) -> Baseline:
     """The two baselines that every result stands beside, fitted to the training samples: the threshold with the best mean
     IoU, and the mean depth map. What comes back is used like a network, by `evaluate` and the pictures too."""
-    bins, depth_sum, iou_sum = 256, 0.0, 0.0
+    depth_sum = iou_sum = 0.0
     for indices in np.array_split(train, max(1, len(train) // 256)):
         batch = ds.batch(indices)
         depth_sum = depth_sum + batch["depth"].double().sum(0, keepdim=True)
         difference = (batch["fg_bg"].short() - batch["bg"].short()).abs().amax(1).long().flatten(1)
-        mask = batch["mask"].flatten(1).bool()
-        row = torch.arange(len(indices))[:, None] * bins
-
-        def above(values: Tensor, row: Tensor = row, n: int = len(indices)) -> Tensor:
-            """How many pixels of each picture differ by more than 0, 1, 2 ... 255."""
-            counts = torch.bincount(values, minlength=n * bins).view(n, bins)
-            return counts.sum(1, keepdim=True) - counts.cumsum(1)
-
-        inside, outside = above((difference + row)[mask]), above((difference + row)[~mask])
-        union = mask.sum(1, keepdim=True) + outside
-        iou_sum = iou_sum + torch.where(union > 0, inside / union, 1.0).sum(0)
-    return Baseline(int(iou_sum.argmax()), (depth_sum / len(train) / 255).float())
+        mask = batch["mask"].flatten(1).float()
+        # For each picture and difference 0, 1 ... 255 the pixels (and those of the object) that differ by so much; summed
+        # up, those that differ by no more. What remains lies above the threshold.
+        pixels = torch.zeros(len(indices), 256).scatter_add(1, difference, torch.ones_like(mask)).cumsum(1)
+        inside = torch.zeros(len(indices), 256).scatter_add(1, difference, mask).cumsum(1)
+        size, predicted = mask.sum(1, keepdim=True), mask.shape[1] - pixels
+        union = predicted + inside
+        iou_sum = iou_sum + torch.where(union > 0, (size - inside) / union, 1.0).sum(0)
+    return Baseline(int(iou_sum.argmax()), (depth_sum / len(train) / 255).float()).to(DEVICE)
 
 
 # ---------- Runs: a Config says everything, a folder holds everything -------------------------------------------------
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPTIMIZERS = {"sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 SCHEDULES = {
-    "constant": lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
-    "onecycle": lambda optimizer, steps: torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], steps),
+    "constant": lambda optimizer, lr, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+    "onecycle": lambda optimizer, lr, steps: torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1),
 }
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Results = dict[str, dict[str, float]]  # part of the split -> metric -> mean over its pictures
-CELLS = ("test_seen", "test_new_bg", "test_new_fg", "test_new_both", "test")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that decides a run's result. `Config(name="first", epochs=2)` runs on the sample.
+    """Everything that decides a run's result, but for the device, which precision "auto" looks at.
+
+    `Config(name="first", epochs=2)` runs on the sample.
 
     Raises ValueError for a name or value that is not known, with the known ones.
     """
@@ -836,24 +822,24 @@ class Config:
     seed: int = 0  # of the first weights, the data order and the augmentation
 
     def __post_init__(self):
-        if not re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)*", self.name):
-            raise ValueError(
-                f"name is {self.name!r}; it can have letters, digits, '_', '-' and '.', with '/' between its parts."
-            )
-        for field, names in (
-            ("split", ("unseen", "image")),
-            ("model", MODELS),
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("augment", ("mirror", "none")),
-            ("precision", ("auto", *PRECISIONS)),
-            ("depth_near", ("dark", "bright")),
-        ):
-            _known(getattr(self, field), names, field)
+        for part in self.name.split("/"):
+            if not part.strip(". ") or part != part.strip() or set(part) & set('\\:*?"<>|'):
+                raise ValueError(
+                    f"name is {self.name!r}; it must be a path of folders below the workspace, such as losses/dice."
+                )
+        _known(self.split, ("unseen", "image"), "split")
+        _known(self.model, MODELS, "model")
+        _known(self.optimizer, OPTIMIZERS, "optimizer")
+        _known(self.schedule, SCHEDULES, "schedule")
+        _known(self.augment, ("mirror", "none"), "augment")
+        _known(self.precision, ("auto", *PRECISIONS), "precision")
+        _known(self.depth_near, ("dark", "bright"), "depth_near")
         task_loss(self.mask_loss, self.depth_loss)
         for field in ("size", "batch_size", "epochs", "lr"):
-            if getattr(self, field) <= 0:
+            if not getattr(self, field) > 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be more than 0.")
+        if self.size < 11:
+            raise ValueError(f"size is {self.size}; SSIM, one of the metrics, looks at windows of 11 pixels.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -873,7 +859,12 @@ class Run:
         return model.eval()
 
 
-open_zip = functools.lru_cache(maxsize=2)(ZipDataset)  # runs of one notebook share the pictures that are decoded already
+_open_zip = functools.lru_cache(maxsize=2)(ZipDataset)
+
+
+def open_zip(path: str | Path, size: int = 64, depth_near: str = "dark") -> ZipDataset:
+    """The data set, opened once, so that the runs of one notebook share the pictures that are decoded already."""
+    return _open_zip(Path(path), size, None, depth_near)
 
 
 def compute_dtype(precision: str = "auto") -> torch.dtype:
@@ -893,38 +884,37 @@ def autocast(precision: str = "auto") -> torch.autocast:
 
 
 def mirror(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each sample as it is or, for every other on average, all its four pictures mirrored left to right."""
+    """Augmentation: each sample as it is or, for every other on average, all its four pictures mirrored left to right."""
     flip = torch.rand(len(batch["bg"]), device=batch["bg"].device)[:, None, None, None] < 0.5
     return {kind: torch.where(flip, pictures.flip(3), pictures) for kind, pictures in batch.items()}
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    ds: ZipDataset,
-    indices: np.ndarray,
-    loss: Callable[..., Tensor] | None = None,
-    precision: str = "auto",
-    batch_size: int = 32,
+    model: nn.Module, ds: ZipDataset, indices: np.ndarray, loss: Callable[..., Tensor] | None = None, precision: str = "auto"
 ) -> dict[str, np.ndarray]:
-    """All metrics of `measure`, and the loss if one is given, for each of the samples: arrays of len(indices)."""
+    """All metrics of `measure` for each of the samples: arrays of len(indices). With a loss its value too: that of the batch
+    of 32 in which a sample was computed, so that the mean is right and a single one says little."""
     model.eval()
-    values = [{}]
-    for start in range(0, len(indices), batch_size):
-        batch = to_float(ds.batch(indices[start : start + batch_size]), DEVICE)
+    batches = []
+    for some in np.split(indices, range(32, len(indices), 32)):
+        batch = to_float(ds.batch(some), DEVICE)
         with autocast(precision):
-            mask_logits, depth = model(batch["bg"], batch["fg_bg"])
-        values.append(measure(mask_logits, depth, batch["mask"], batch["depth"]))
+            outputs = model(batch["bg"], batch["fg_bg"])
+        batches.append(measure(*outputs, batch["mask"], batch["depth"]))
         if loss is not None:
-            batch_loss = loss(mask_logits, depth, batch["mask"], batch["depth"])
-            values[-1]["loss"] = batch_loss.expand(len(batch["bg"]))
-    return {name: torch.cat([v[name] for v in values[1:]]).cpu().numpy() for name in values[-1]}
+            batches[-1]["loss"] = loss(*outputs, batch["mask"], batch["depth"]).expand(len(some))
+    return {name: torch.cat([batch[name] for batch in batches]).cpu().numpy() for name in batches[0]}
+
+
+def _means(values: dict[str, np.ndarray]) -> dict[str, float]:
+    """Means over the samples, but for those in which no pixel counts (NaN)."""
+    return {name: float(np.nanmean(v)) if np.isfinite(v).any() else float("nan") for name, v in values.items()}
 
 
 def score(model: nn.Module, ds: ZipDataset, parts: dict[str, np.ndarray], precision: str = "auto") -> Results:
     """Means over the pictures: part -> metric -> value. Parts without samples are left out."""
-    per_sample = {part: evaluate(model, ds, indices, precision=precision) for part, indices in parts.items() if len(indices)}
-    return {part: {name: float(values.mean()) for name, values in metrics.items()} for part, metrics in per_sample.items()}
+    return {part: _means(evaluate(model, ds, some, precision=precision)) for part, some in parts.items() if len(some)}
 
 
 def parts_of(config: Config, ds: ZipDataset) -> dict[str, np.ndarray]:
@@ -944,7 +934,8 @@ def run(config: Config, stop_after: int | None = None) -> Run:
     """Trains, or goes on, or reads: whatever is left to do for this Config.
 
     The run lives in the folder `<workspace>/<name>/`. Where it is not there, it is started; cut off, it goes on after the
-    last whole epoch, to the same result as if it never had been; finished, it is read and nothing is trained.
+    last whole epoch, on a CPU to the same result as if it never had been, on a GPU up to rounding; finished, it is read and
+    nothing is trained.
     In it: `config.json`; `metrics.csv`, a row an epoch; `timing.csv`, the seconds, apart because no two runs share them;
     `checkpoint.pt`, all that is needed to go on; `best.pt`, the weights of the least validation loss; `results.json`, the
     metrics of those weights on all but the training samples, once finished; and `images/epoch_NNN/`, for four training and four
@@ -958,11 +949,18 @@ def run(config: Config, stop_after: int | None = None) -> Run:
         ValueError: the folder holds a run of another Config or other data (the differences are named); the network cannot
             take the size; a loss is not finite, with the epoch.
     """
-    ds = open_zip(data_zip(config.data), config.size, depth_near=config.depth_near)
+    ds = open_zip(data_zip(config.data), config.size, config.depth_near)
     parts = parts_of(config, ds)
     folder = workspace() / config.name
     settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint}
-    _refuse_other(folder, settings)
+    if (folder / "config.json").exists():  # data are known by their content, not by their path, which may change
+        theirs = (
+            dataclasses.asdict(Config(config.name)) | json.loads((folder / "config.json").read_text()) | {"data": config.data}
+        )
+        changes = [f"{key} was {theirs[key]!r} and is {settings[key]!r}" for key in settings if settings[key] != theirs[key]]
+        if changes:
+            changes = ", ".join(changes)
+            raise ValueError(f"The run {config.name!r} exists, but {changes}. Take another name, or delete its folder.")
     if (folder / "results.json").exists():
         print(f"{config.name}: finished before, read from its folder")
         return read_run(folder)
@@ -975,23 +973,28 @@ def run(config: Config, stop_after: int | None = None) -> Run:
         _write_json(folder / "config.json", settings)
         steps = -(-len(parts["train"]) // config.batch_size) * config.epochs
         optimizer = OPTIMIZERS[config.optimizer](model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        schedule = SCHEDULES[config.schedule](optimizer, steps)
+        schedule = SCHEDULES[config.schedule](optimizer, config.lr, steps)
         scaler = torch.amp.GradScaler(DEVICE.type, enabled=compute_dtype(config.precision) == torch.float16)
         keep = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
         history, seconds = [], []
         if (folder / "checkpoint.pt").exists():
             checkpoint = torch.load(folder / "checkpoint.pt", map_location=DEVICE, weights_only=True)
             for name, part in keep.items():
-                part.load_state_dict(checkpoint[name])
+                if checkpoint[name]:  # a scaler that was off, as in float32, has no state
+                    part.load_state_dict(checkpoint[name])
             history, seconds = checkpoint["history"], checkpoint["seconds"]
             print(f"{config.name}: goes on after epoch {len(history)}")
 
-        for epoch in range(len(history) + 1, min(config.epochs, stop_after or config.epochs) + 1):
+        for epoch in range(len(history) + 1, (config.epochs if stop_after is None else min(stop_after, config.epochs)) + 1):
             started = time.perf_counter()
-            train_loss = _train_epoch(config, ds, parts["train"], epoch, model, optimizer, schedule, scaler)
+            train_loss = _train_epoch(config, ds, parts["train"], epoch, keep)
             seconds.append(time.perf_counter() - started)
             loss = task_loss(config.mask_loss, config.depth_loss, config.depth_weight)
-            valid = {name: float(v.mean()) for name, v in evaluate(model, ds, parts["valid"], loss, config.precision).items()}
+            valid = _means(evaluate(model, ds, parts["valid"], loss, config.precision))
+            for value in (train_loss, valid["loss"]):
+                if not np.isfinite(value):
+                    stands = f"The run stands as after epoch {epoch - 1}; try a smaller lr."
+                    raise ValueError(f"The loss of epoch {epoch} is {value}. {stands}")
             history.append({"epoch": epoch, "lr": schedule.get_last_lr()[0], "train_loss": train_loss})
             history[-1] |= {f"valid_{name}": value for name, value in valid.items()}
 
@@ -1020,43 +1023,27 @@ def read_run(folder: str | Path) -> Run:
         raise FileNotFoundError(f"{folder} holds no run (no config.json).")
     config = json.loads((folder / "config.json").read_text())
     config.pop("fingerprint")
-    tables = {"metrics": [], "timing": []}
-    for name in tables:
-        if (folder / f"{name}.csv").exists():
-            with open(folder / f"{name}.csv", newline="") as file:
-                tables[name] = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     results = folder / "results.json"
     return Run(
         config=Config(**config),
         folder=folder,
-        history=tables["metrics"],
-        seconds=[row["seconds"] for row in tables["timing"]],
+        history=_read_table(folder / "metrics.csv"),
+        seconds=[row["seconds"] for row in _read_table(folder / "timing.csv")],
         results=json.loads(results.read_text()) if results.exists() else {},
     )
 
 
-def _refuse_other(folder: Path, settings: dict) -> None:
-    """Raises ValueError where the folder holds a run with other settings. Data are known by their content (`fingerprint`),
-    not by their path, which may change with the machine."""
-    if (folder / "config.json").exists():
-        theirs = json.loads((folder / "config.json").read_text())
-        keys = [key for key in settings if key != "data" and settings[key] != theirs.get(key)]
-        if changes := ", ".join(f"{key} was {theirs.get(key)!r} and is {settings[key]!r}" for key in keys):
-            raise ValueError(f"The run {settings['name']!r} exists, but {changes}. Take another name, or delete its folder.")
+def _read_table(path: Path) -> list[dict[str, float]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-def _train_epoch(
-    config: Config,
-    ds: ZipDataset,
-    indices: np.ndarray,
-    epoch: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler,
-) -> float:
+def _train_epoch(config: Config, ds: ZipDataset, indices: np.ndarray, epoch: int, keep: dict) -> float:
     """One pass over the samples; gives the mean loss. Everything random in it depends on seed and epoch alone, which makes
     going on after an interruption exact."""
+    model, optimizer, schedule, scaler = (keep[name] for name in ("model", "optimizer", "schedule", "scaler"))
     model.train()
     torch.manual_seed(config.seed * 1_000_003 + epoch)
     order = indices[torch.randperm(len(indices)).numpy()]
@@ -1078,10 +1065,7 @@ def _train_epoch(
             schedule.step()
             total += loss.detach() * len(batch["bg"])
             bar.update(len(batch["bg"]))
-    mean = total.item() / len(order)
-    if not np.isfinite(mean):
-        raise ValueError(f"The loss of epoch {epoch} is {mean}. The run stands as after epoch {epoch - 1}; try a smaller lr.")
-    return mean
+    return total.item() / len(order)
 
 
 def _save(path: Path, state: dict) -> None:
@@ -1112,10 +1096,7 @@ def _watched(parts: dict[str, np.ndarray], each: int = 4) -> dict[str, np.ndarra
 
 # ---------- Pictures --------------------------------------------------------------------------------------------------
 
-DEPTH_COLOURS = "viridis"  # dark is near
-ERROR_COLOURS = "magma"
-CELL_COLOURS = {
-    "valid": "#8c8c8c",
+PART_COLOURS = {  # of the test parts, in the order of every figure and table
     "test_seen": "#0173b2",
     "test_new_bg": "#029e73",
     "test_new_fg": "#de8f05",
@@ -1125,12 +1106,16 @@ CELL_COLOURS = {
 TITLES = {
     "bg": "background",
     "fg_bg": "with object",
-    "mask": "mask",
-    "depth": "depth",
+    "mask_predicted": "predicted",
+    "mask_error": "wrong",
+    "depth_predicted": "predicted",
+    "depth_error": "error",
     "iou": "mask IoU",
+    "dice": "mask Dice",
+    "pixel_accuracy": "pixel accuracy",
     "rmse": "depth RMSE",
     "delta1": "depth δ < 1.25",
-    "loss": "loss",
+    "ssim": "depth SSIM",
     "test_seen": "seen",
     "test_new_bg": "new background",
     "test_new_fg": "new object",
@@ -1140,12 +1125,13 @@ LOWER_IS_BETTER = ("loss", "rmse", "mae", "abs_rel", "log10")
 
 
 def _predict_batch(model: nn.Module, ds: ZipDataset, indices: Sequence[int], precision: str = "auto") -> dict[str, Tensor]:
-    """The samples as float pictures, with the network's `mask_predicted` (0 or 1), `depth_predicted` and metrics beside."""
+    """The samples as float pictures; beside them `mask_predicted` (0 or 1), `depth_predicted`, their errors, the metrics."""
     batch = to_float(ds.batch(indices), DEVICE)
     with torch.no_grad(), autocast(precision):
         mask_logits, depth = model.eval()(batch["bg"], batch["fg_bg"])
-    metrics = measure(mask_logits, depth, batch["mask"], batch["depth"])
-    batch |= {"mask_predicted": (mask_logits > 0).float(), "depth_predicted": depth.float(), **metrics}
+    batch |= measure(mask_logits, depth, batch["mask"], batch["depth"])
+    batch |= {"mask_predicted": (mask_logits > 0).float(), "depth_predicted": depth.float()}
+    batch |= {f"{kind}_error": (batch[f"{kind}_predicted"] - batch[kind]).abs() for kind in ("mask", "depth")}
     return {name: values.cpu() for name, values in batch.items()}
 
 
@@ -1161,11 +1147,11 @@ def _grid(rows: int, columns: int, titles: Sequence[str], side: float = 1.5) -> 
     return figure, axes
 
 
-def _draw(axis: plt.Axes, kind: str, picture: Tensor) -> plt.cm.ScalarMappable:
-    """One picture (C, H, W) in the colours of its kind: photographs as they are, masks grey, depth and errors in a map."""
-    colours = {"mask": "gray", "depth": DEPTH_COLOURS, "error": ERROR_COLOURS}.get(kind)
-    top = 0.5 if kind == "error" else 1
-    return axis.imshow(picture.permute(1, 2, 0).squeeze(-1), cmap=colours, vmin=0, vmax=top, interpolation="nearest")
+def _draw(axis: plt.Axes, name: str, picture: Tensor) -> plt.cm.ScalarMappable:
+    """One picture (C, H, W) of `_predict_batch`: photographs as they are, masks grey, depth and its error in colour maps."""
+    colours = "magma" if name == "depth_error" else "gray" if name.startswith("mask") else "viridis"  # not used for RGB
+    top = 0.5 if name == "depth_error" else 1
+    return axis.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap=colours, vmin=0, vmax=top, interpolation="nearest")
 
 
 def show_samples(ds: ZipDataset, indices: Sequence[int]) -> plt.Figure:
@@ -1173,7 +1159,7 @@ def show_samples(ds: ZipDataset, indices: Sequence[int]) -> plt.Figure:
     batch = to_float(ds.batch(indices))
     figure, axes = _grid(len(KINDS), len(indices), [ds.name(i) for i in indices])
     for kind, row in zip(KINDS, axes, strict=True):
-        row[0].set_ylabel(TITLES[kind], fontsize=9)
+        row[0].set_ylabel(TITLES.get(kind, kind), fontsize=9)
         for axis, picture in zip(row, batch[kind], strict=True):
             drawn = _draw(axis, kind, picture)
     figure.colorbar(drawn, ax=axes[-1, :], label="near → far", fraction=0.05, pad=0.01)
@@ -1183,15 +1169,10 @@ def show_samples(ds: ZipDataset, indices: Sequence[int]) -> plt.Figure:
 def show_predictions(model: nn.Module, ds: ZipDataset, indices: Sequence[int], precision: str = "auto") -> plt.Figure:
     """A row a sample: the two inputs; mask, prediction and where they differ; depth, prediction and the absolute error."""
     batch = _predict_batch(model, ds, indices, precision)
-    titles = ("background", "with object", "mask", "predicted", "wrong", "depth", "predicted", "error")
-    figure, axes = _grid(len(indices), len(titles), titles)
+    names = ("bg", "fg_bg", "mask", "mask_predicted", "mask_error", "depth", "depth_predicted", "depth_error")
+    figure, axes = _grid(len(indices), len(names), [TITLES.get(name, name) for name in names])
     for i, row in enumerate(axes):
-        wrong = (batch["mask_predicted"][i] - batch["mask"][i]).abs()
-        error = (batch["depth_predicted"][i] - batch["depth"][i]).abs()
-        pictures = [("bg", batch["bg"][i]), ("fg_bg", batch["fg_bg"][i])]
-        pictures += [("mask", batch["mask"][i]), ("mask", batch["mask_predicted"][i]), ("mask", wrong)]
-        pictures += [("depth", batch["depth"][i]), ("depth", batch["depth_predicted"][i]), ("error", error)]
-        drawn = [_draw(axis, kind, picture) for axis, (kind, picture) in zip(row, pictures, strict=True)]
+        drawn = [_draw(axis, name, batch[name][i]) for axis, name in zip(row, names, strict=True)]
         row[0].set_ylabel(ds.name(indices[i]), fontsize=7)
         row[3].set_xlabel(f"IoU {batch['iou'][i]:.3f}", fontsize=8)
         row[6].set_xlabel(f"RMSE {batch['rmse'][i]:.3f}", fontsize=8)
@@ -1205,12 +1186,13 @@ def compare_predictions(models: dict[str, nn.Module], ds: ZipDataset, indices: S
     batches = [_predict_batch(model, ds, indices) for model in models.values()]
     figure, axes = _grid(2 * len(indices), 2 + len(models), ("input", "truth", *models))
     for i in range(len(indices)):
-        for row, kind, metric in ((axes[2 * i], "mask", "iou"), (axes[2 * i + 1], "depth", "rmse")):
-            _draw(row[0], *(("fg_bg", batches[0]["fg_bg"][i]) if kind == "mask" else ("bg", batches[0]["bg"][i])))
+        rows = ((axes[2 * i], "fg_bg", "mask", "iou", "IoU"), (axes[2 * i + 1], "bg", "depth", "rmse", "RMSE"))
+        for row, photo, kind, metric, title in rows:
+            _draw(row[0], photo, batches[0][photo][i])
             drawn = _draw(row[1], kind, batches[0][kind][i])
             for axis, batch in zip(row[2:], batches, strict=True):
                 _draw(axis, kind, batch[f"{kind}_predicted"][i])
-                axis.set_xlabel(f"{metric.upper().replace('IOU', 'IoU')} {batch[metric][i]:.3f}", fontsize=8)
+                axis.set_xlabel(f"{title} {batch[metric][i]:.3f}", fontsize=8)
     figure.colorbar(drawn, ax=axes, label="depth: near → far", location="bottom", fraction=0.03, pad=0.01, aspect=50)
     return figure
 
@@ -1237,43 +1219,39 @@ def compare_runs(results: dict[str, Results], metrics: Sequence[str] = ("iou", "
     size = (4 * len(metrics), 1.2 + 0.35 * len(results))
     figure, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, layout="constrained", dpi=90)
     for metric, axis in zip(metrics, np.atleast_1d(axes), strict=True):
-        for cell in CELLS:
+        for cell in PART_COLOURS:
             points = [(parts[cell][metric], y) for y, parts in enumerate(results.values()) if cell in parts]
             if points:
-                colour = CELL_COLOURS[cell]
+                colour = PART_COLOURS[cell]
                 axis.scatter(*zip(*points, strict=True), color=colour, label=TITLES.get(cell, cell), s=30, zorder=3)
         better = "lower" if metric in LOWER_IS_BETTER else "higher"
         axis.set_title(f"{TITLES.get(metric, metric)} ({better} is better)", fontsize=9)
         axis.set_yticks(range(len(results)), results)
         axis.grid(alpha=0.3)
     axis.set_ylim(len(results) - 0.5, -0.5)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(CELLS), fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(PART_COLOURS), fontsize=8)
     return figure
 
 
 def results_table(
-    results: dict[str, Results], metrics: Sequence[str] = ("iou", "rmse", "delta1"), cells: Sequence[str] = CELLS
+    results: dict[str, Results],
+    metrics: Sequence[str] = ("iou", "rmse", "delta1"),
+    cells: Sequence[str] = tuple(PART_COLOURS),
 ) -> HTML:
     """A table for a notebook: a row a run, a column for each test part and metric, the best value of a column bold.
     `results` is as in `compare_runs`."""
     cells = [cell for cell in cells if any(cell in parts for parts in results.values())]
     head = "".join(f'<th colspan="{len(metrics)}">{TITLES.get(cell, cell)}</th>' for cell in cells)
-    names = "".join(f"<th>{TITLES.get(metric, metric)}</th>" for _ in cells for metric in metrics)
-    best = {}
+    rows = [f"<th></th>{head}", "<th></th>" + len(cells) * "".join(f"<th>{TITLES.get(m, m)}</th>" for m in metrics)]
+    rows += [f"<td>{html.escape(label)}</td>" for label in results]
     for cell in cells:
         for metric in metrics:
-            column = [parts[cell][metric] for parts in results.values() if cell in parts]
-            best[cell, metric] = min(column) if metric in LOWER_IS_BETTER else max(column)
-    body = ""
-    for label, parts in results.items():
-        body += f"<tr><td>{html.escape(label)}</td>"
-        for cell in cells:
-            for metric in metrics:
-                value = parts.get(cell, {}).get(metric)
-                text = "–" if value is None else f"{value:.3f}"
-                body += f"<td><b>{text}</b></td>" if value == best[cell, metric] else f"<td>{text}</td>"
-        body += "</tr>"
-    return HTML(f"<table><tr><th></th>{head}</tr><tr><th></th>{names}</tr>{body}</table>")
+            column = [parts[cell][metric] if cell in parts else None for parts in results.values()]
+            best = (min if metric in LOWER_IS_BETTER else max)(value for value in column if value is not None)
+            for i, value in enumerate(column, start=2):
+                text = "–" if value is None else f"<b>{value:.3f}</b>" if value == best else f"{value:.3f}"
+                rows[i] += f"<td>{text}</td>"
+    return HTML("<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>")
 
 
 def _save_images(folder: Path, model: nn.Module, ds: ZipDataset, watched: dict[str, np.ndarray], precision: str) -> None:
@@ -1290,7 +1268,7 @@ def _save_images(folder: Path, model: nn.Module, ds: ZipDataset, watched: dict[s
                 picture = batch[kind][i]
                 save_image(picture, part / f"{name}_{ds.name(index)}_{kind}.png")
                 if kind.startswith("depth"):
-                    picture = torch.from_numpy(plt.get_cmap(DEPTH_COLOURS)(picture[0].numpy())[..., :3]).permute(2, 0, 1)
+                    picture = torch.from_numpy(plt.get_cmap("viridis")(picture[0].numpy())[..., :3]).permute(2, 0, 1)
                 tiles.append(picture.float().expand(3, -1, -1))
     sheet = make_grid(tiles, nrow=len(kinds), padding=2, pad_value=1.0)
     head = Image.new("L", (sheet.shape[2], 12), "white")

@@ -1,4 +1,5 @@
 """The drawing code of notebooks/00_make_dataset.ipynb: its geometry against closed forms, its files against promises."""
+
 import io
 import json
 import math
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "00_make_dataset.ipynb"
-SMALL = dict(backgrounds=2, objects=3, places=1, size=64, seed=3)       # 12 samples, two tasks
+SMALL = {"backgrounds": 2, "objects": 3, "places": 1, "size": 64, "seed": 3}  # 12 samples, two tasks
 
 
 def definitions():
@@ -54,19 +55,30 @@ def meadow(nb, size, *more):
     """A flat ground under the sun, with more solids if wanted, rendered."""
     light = nb.Light(np.array([100.0, 200, -50]), 10, np.inf, np.ones(3), np.full(3, 0.5), np.full(3, 0.3))
     white = np.ones(3, np.float32)
-    return nb.render(nb.Scene(camera(nb, size, pitch=8), [nb.box(0, -0.5, 0, 900, 0.5, 900, "#808080"), *more], light,
-                              np.zeros((0, 5)), (), (), (white, white, np.float32(1)), (2, 9)))
+    return nb.render(
+        nb.Scene(
+            camera(nb, size, pitch=8),
+            [nb.box(0, -0.5, 0, 900, 0.5, 900, "#808080"), *more],
+            light,
+            np.zeros((0, 5)),
+            (),
+            (),
+            (white, white, np.float32(1)),
+            (2, 9),
+        )
+    )
 
 
 # Geometry
+
 
 def test_a_ray_meets_the_sphere_where_the_quadratic_says(nb):
     cam, centre, radius = camera(nb), np.array([0.3, 1.2, 4.0]), 0.8
     rays, depth, _ = nb.trace([nb.solid("sphere", centre, (radius,) * 3, "#808080")], cam, 2)
     direction = rays.astype(np.float64)
-    a, b = (direction ** 2).sum(0), np.einsum("i,ihw->hw", centre - cam.eye, direction)
-    root = b * b - a * (((centre - cam.eye) ** 2).sum() - radius ** 2)
-    clear = np.abs(root) > 1e-4                                         # the very rim is a matter of rounding
+    a, b = (direction**2).sum(0), np.einsum("i,ihw->hw", centre - cam.eye, direction)
+    root = b * b - a * (((centre - cam.eye) ** 2).sum() - radius**2)
+    clear = np.abs(root) > 1e-4  # the very rim is a matter of rounding
     assert ((root > 0) == np.isfinite(depth))[clear].all()
     hit = (root > 0) & clear
     assert hit.mean() > 0.05
@@ -78,7 +90,7 @@ def test_depth_of_a_floor_is_eye_height_over_slope(nb):
     _, depth, _ = nb.trace([nb.box(0, -0.5, 0, 900, 0.5, 900, "#808080")], cam, 1)
     up = (0.5 - (np.arange(64) + 0.5) / 64) / cam.focal
     pitch = math.radians(11.0)
-    expected = 1.5 / (math.sin(pitch) - up * math.cos(pitch))           # depth along the viewing axis
+    expected = 1.5 / (math.sin(pitch) - up * math.cos(pitch))  # depth along the viewing axis
     below = (expected > 0) & (expected < 50)
     np.testing.assert_allclose(depth[below], np.repeat(expected[below, None], 64, 1), rtol=1e-3)
     assert np.isinf(depth[expected < 0]).all()
@@ -94,7 +106,7 @@ def test_cylinder_and_cone(nb):
     _, depth, _ = nb.trace([nb.solid("cone", (0, 0, 4), (0.5, 1, 0.5), "#808080", taper=1.0)], cam, 1)
     assert depth[32, 32] == pytest.approx(3.5, abs=2e-3)
     wide = np.isfinite(depth[32]).sum() / 64
-    assert wide == pytest.approx(2 * 0.9 * 0.5 / math.sqrt(16 - 0.25), abs=2 / 64)     # tangents to the circle
+    assert wide == pytest.approx(2 * 0.9 * 0.5 / math.sqrt(16 - 0.25), abs=2 / 64)  # tangents to the circle
     _, depth, _ = nb.trace([nb.solid("cone", (0, 0, 4), (0.5, 1, 0.5), "#808080", taper=0.5)], cam, 1)
     above, under = (np.isfinite(depth[row]).sum() for row in (24, 40))
     assert under > above > 0
@@ -116,7 +128,7 @@ def test_projection_and_rays_agree(nb):
     cam = camera(nb, pitch=7.0)
     rays, point = cam.rays(1), np.array([0.4, 0.7, 5.0])
     row, col, depth = cam.project(point)
-    assert np.linalg.norm(cam.eye + rays[:, int(row), int(col)] * depth - point) < 5.0 / (0.9 * 64)     # a pixel's width
+    assert np.linalg.norm(cam.eye + rays[:, int(row), int(col)] * depth - point) < 5.0 / (0.9 * 64)  # a pixel's width
 
 
 @pytest.mark.parametrize("indoors, far", [(True, 6.0), (False, 150.0)])
@@ -128,6 +140,7 @@ def test_depth_scale_grows_from_0_to_1(nb, indoors, far):
 
 
 # The object in the scene
+
 
 @pytest.mark.parametrize("number", [0, 1, 3, 10])
 def test_farther_is_smaller_and_deeper(nb, number):
@@ -148,7 +161,7 @@ def test_farther_is_smaller_and_deeper(nb, number):
 def test_mirrored_object_has_the_mirrored_mask(nb):
     for number in range(len(nb.KINDS)):
         one, other = (mask for _, _, mask, _ in nb.make_pair(3, 96, number % 2, number, 0))
-        if not (one[:, [0, -1]].any() or other[:, [0, -1]].any()):      # not cut off by the frame
+        if not (one[:, [0, -1]].any() or other[:, [0, -1]].any()):  # not cut off by the frame
             assert other.sum() == pytest.approx(one.sum(), rel=0.3), nb.KINDS[number].__name__
             assert other.any(1).sum() == pytest.approx(one.any(1).sum(), abs=6)
         assert (one != other).any() or nb.KINDS[number] in (nb.lamp, nb.traffic_cone)
@@ -163,7 +176,7 @@ def test_mirroring_in_the_middle_of_the_picture_flips_the_mask(nb):
 
 def test_a_wall_in_front_hides_the_object_in_mask_and_depth(nb):
     masks = []
-    for wall in ([], [nb.box(5, 0, 3, 5, 9, 0.05, "#808080")]):         # a wall over the right half
+    for wall in ([], [nb.box(5, 0, 3, 5, 9, 0.05, "#808080")]):  # a wall over the right half
         backdrop = meadow(nb, 64, *wall)
         _, _, mask, depth = nb.add_object(backdrop, nb.stand(nb.make_object(0, 4), nb.Place(0.0, 4.0, 0.0)))
         masks.append(mask)
@@ -182,6 +195,7 @@ def test_objects_are_used_about_equally_often(nb):
 
 # The zip
 
+
 def test_names_and_counts_of_the_modest_layout(small):
     expected = {f"bg/bg{b:03d}.jpeg" for b in (1, 2)}
     for sample in (f"bg{b:03d}_fg{f:03d}_{n:02d}" for b in (1, 2) for f in (1, 2, 3) for n in (1, 2)):
@@ -199,13 +213,13 @@ def test_masks_and_depth_are_exact_in_the_zip(nb, small):
             empty = np.round(nb.make_backdrop(3, b, 64).depth * 255).astype(np.uint8)
             for name in (n for n in archive.namelist() if n.startswith(f"bg_fg_mask/bg{b + 1:03d}")):
                 mask = read(archive, name).astype(np.uint8)
-                mask = mask * 255 if mask.max() == 1 else mask          # a one-bit PNG reads as bool
+                mask = mask * 255 if mask.max() == 1 else mask  # a one-bit PNG reads as bool
                 depth = read(archive, name.replace("_mask", "_depth_map"))
                 assert mask.shape == depth.shape == (64, 64) and depth.dtype == np.uint8
                 assert set(np.unique(mask)) == {0, 255}
                 assert 0.005 <= (mask > 0).mean() <= 0.4
                 np.testing.assert_array_equal(depth[mask == 0], empty[mask == 0])
-                assert (depth[mask > 0] <= empty[mask > 0]).all()       # the object is in front of what it hides
+                assert (depth[mask > 0] <= empty[mask > 0]).all()  # the object is in front of what it hides
 
 
 def test_two_shots_differ_everywhere_but_show_the_object(small):
@@ -253,7 +267,7 @@ def test_an_exception_leaves_nothing_behind(nb, tmp_path, monkeypatch, error):
 
 
 def test_an_exception_in_a_worker_leaves_nothing_behind(nb, tmp_path, monkeypatch):
-    monkeypatch.setattr(nb, "KINDS", [nb.person, None, nb.bird])        # the second object can't be made
+    monkeypatch.setattr(nb, "KINDS", [nb.person, None, nb.bird])  # the second object can't be made
     nb.make_object.cache_clear()
     with pytest.raises(TypeError):
         nb.make_dataset(tmp_path / "a.zip", **SMALL, workers=2)
@@ -264,8 +278,10 @@ def test_an_exception_in_a_worker_leaves_nothing_behind(nb, tmp_path, monkeypatc
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked on Linux only")
 def test_killed_in_the_midst_leaves_no_zip_and_no_worker_and_a_second_run_is_right(nb, small, tmp_path):
     path = tmp_path / "a.zip"
-    script = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_make_dataset as t; "
-              f"t.definitions().make_dataset({str(path)!r}, **{{**t.SMALL, 'backgrounds': 60}}, workers=2)")
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_make_dataset as t; "
+        f"t.definitions().make_dataset({str(path)!r}, **{{**t.SMALL, 'backgrounds': 60}}, workers=2)"
+    )
     child = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     part, deadline = tmp_path / "a.zip.part", time.time() + 60
     while not (part.exists() and part.stat().st_size > 0) and time.time() < deadline:
@@ -274,8 +290,10 @@ def test_killed_in_the_midst_leaves_no_zip_and_no_worker_and_a_second_run_is_rig
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     assert part.exists() and not path.exists()
-    while any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
-              for pid in workers) and time.time() < deadline:
+    while (
+        any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in workers)
+        and time.time() < deadline
+    ):
         time.sleep(0.1)
     assert workers and time.time() < deadline, "workers outlived their parent"
     nb.make_dataset(path, **SMALL, workers=1)

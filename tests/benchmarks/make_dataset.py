@@ -1,8 +1,9 @@
 """How fast notebook 00 draws, on one core. Prints a Markdown table: python tests/benchmarks/make_dataset.py"""
+
 import os
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[name] = "1"                                              # before numpy is imported
+    os.environ[name] = "1"  # before numpy is imported
 
 import multiprocessing as mp
 import resource
@@ -20,7 +21,9 @@ SIZE = 192
 
 def stages(nb, pairs=60):
     """Milliseconds a picture for each stage."""
-    spent = dict.fromkeys(("background (one for thousands of samples)", "object in the scene", "noise and JPEG", "two PNGs"), 0.0)
+    spent = dict.fromkeys(
+        ("background (one for thousands of samples)", "object in the scene", "noise and JPEG", "two PNGs"), 0.0
+    )
     background, scene_object, shot, files = spent
     times = {key: [] for key in spent}
 
@@ -36,7 +39,7 @@ def stages(nb, pairs=60):
         placed = nb.stand(solids, nb.choose_place(backdrop, solids, rng))
         soft, direct, mask, depth = clock(scene_object, nb.add_object, backdrop, placed)
         clock(shot, nb.shoot, backdrop, soft, direct, rng)
-        clock(files, lambda: (nb.png(mask), nb.png(depth)))
+        clock(files, lambda pair: [nb.png(picture) for picture in pair], (mask, depth))
     return {key: sum(values) / len(values) for key, values in times.items()}
 
 
@@ -60,9 +63,13 @@ def main():
             process.start()
             rate, cpu_rate, size, peaks[samples] = results.get()
             process.join()
-    rows += [("samples a second and core, by the clock", f"{rate:.0f}"), ("samples a second of processor time", f"{cpu_rate:.0f}"),
-             ("bytes a sample", f"{size:,.0f}"), ("peak memory at 500 samples, MB", f"{peaks[500]:.0f}"),
-             ("peak memory at 2,000 samples, MB", f"{peaks[2000]:.0f}")]
+    rows += [
+        ("samples a second and core, by the clock", f"{rate:.0f}"),
+        ("samples a second of processor time", f"{cpu_rate:.0f}"),
+        ("bytes a sample", f"{size:,.0f}"),
+        ("peak memory at 500 samples, MB", f"{peaks[500]:.0f}"),
+        ("peak memory at 2,000 samples, MB", f"{peaks[2000]:.0f}"),
+    ]
     print(f"| drawing at {SIZE} px, one core | |\n|---|---|")
     for row in rows:
         print("| {} | {} |".format(*row))
