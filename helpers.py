@@ -38,7 +38,8 @@ from IPython.display import HTML
 from PIL import Image, ImageDraw
 from pytorch_msssim import ssim as msssim_ssim
 from torch import Tensor, nn
-from torchvision.utils import make_grid, save_image
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on a GPU too: TF32 moves SSIM by hundredths
@@ -1260,13 +1261,17 @@ def _save_images(folder: Path, model: nn.Module, ds: ZipDataset, watched: dict[s
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+
+    def save(picture: Tensor, path: Path) -> None:
+        to_pil_image((picture * 255).round().byte()).save(path)
+
     kinds, tiles = ("bg", "fg_bg", "mask", "mask_predicted", "depth", "depth_predicted"), []
     for name, indices in watched.items():
         batch = _predict_batch(model, ds, indices, precision)
         for i, index in enumerate(indices):
             for kind in kinds:
                 picture = batch[kind][i]
-                save_image(picture, part / f"{name}_{ds.name(index)}_{kind}.png")
+                save(picture, part / f"{name}_{ds.name(index)}_{kind}.png")
                 if kind.startswith("depth"):
                     picture = torch.from_numpy(plt.get_cmap("viridis")(picture[0].numpy())[..., :3]).permute(2, 0, 1)
                 tiles.append(picture.float().expand(3, -1, -1))
@@ -1275,6 +1280,6 @@ def _save_images(folder: Path, model: nn.Module, ds: ZipDataset, watched: dict[s
     for i, kind in enumerate(kinds):
         ImageDraw.Draw(head).text((i * (ds.size + 2) + 2, 0), kind.replace("_", " "), fill="black")
     head = torch.from_numpy(np.array(head) / np.float32(255)).expand(3, -1, -1)
-    save_image(torch.cat([head, sheet], 1), part / "sheet.png")
+    save(torch.cat([head, sheet], 1), part / "sheet.png")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
