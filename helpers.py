@@ -955,12 +955,11 @@ def run(config: Config, stop_after: int | None = None) -> Run:
     folder = workspace() / config.name
     settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint}
     if (folder / "config.json").exists():  # data are known by their content, not by their path, which may change
-        theirs = (
-            dataclasses.asdict(Config(config.name)) | json.loads((folder / "config.json").read_text()) | {"data": config.data}
-        )
-        changes = [f"{key} was {theirs[key]!r} and is {settings[key]!r}" for key in settings if settings[key] != theirs[key]]
-        if changes:
-            changes = ", ".join(changes)
+        saved = json.loads((folder / "config.json").read_text())
+        theirs = dataclasses.asdict(Config(config.name)) | saved | {"data": config.data}
+        keys = [key for key in settings if settings[key] != theirs[key]]
+        if keys:
+            changes = ", ".join(f"{key} was {theirs[key]!r} and is {settings[key]!r}" for key in keys)
             raise ValueError(f"The run {config.name!r} exists, but {changes}. Take another name, or delete its folder.")
     if (folder / "results.json").exists():
         print(f"{config.name}: finished before, read from its folder")
@@ -977,6 +976,7 @@ def run(config: Config, stop_after: int | None = None) -> Run:
         schedule = SCHEDULES[config.schedule](optimizer, config.lr, steps)
         scaler = torch.amp.GradScaler(DEVICE.type, enabled=compute_dtype(config.precision) == torch.float16)
         keep = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+        loss, watched = task_loss(config.mask_loss, config.depth_loss, config.depth_weight), _watched(parts)
         history, seconds = [], []
         if (folder / "checkpoint.pt").exists():
             checkpoint = torch.load(folder / "checkpoint.pt", map_location=DEVICE, weights_only=True)
@@ -988,9 +988,8 @@ def run(config: Config, stop_after: int | None = None) -> Run:
 
         for epoch in range(len(history) + 1, (config.epochs if stop_after is None else min(stop_after, config.epochs)) + 1):
             started = time.perf_counter()
-            train_loss = _train_epoch(config, ds, parts["train"], epoch, keep)
+            train_loss = _train_epoch(config, ds, parts["train"], epoch, loss, keep)
             seconds.append(time.perf_counter() - started)
-            loss = task_loss(config.mask_loss, config.depth_loss, config.depth_weight)
             valid = _means(evaluate(model, ds, parts["valid"], loss, config.precision))
             for value in (train_loss, valid["loss"]):
                 if not np.isfinite(value):
@@ -999,7 +998,7 @@ def run(config: Config, stop_after: int | None = None) -> Run:
             history.append({"epoch": epoch, "lr": schedule.get_last_lr()[0], "train_loss": train_loss})
             history[-1] |= {f"valid_{name}": value for name, value in valid.items()}
 
-            _save_images(folder / "images" / f"epoch_{epoch:03}", model, ds, _watched(parts), config.precision)
+            _save_images(folder / "images" / f"epoch_{epoch:03}", model, ds, watched, config.precision)
             if valid["loss"] <= min(row["valid_loss"] for row in history):
                 _save(folder / "best.pt", model.state_dict())
             states = {name: part.state_dict() for name, part in keep.items()}
@@ -1041,14 +1040,15 @@ def _read_table(path: Path) -> list[dict[str, float]]:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-def _train_epoch(config: Config, ds: ZipDataset, indices: np.ndarray, epoch: int, keep: dict) -> float:
+def _train_epoch(
+    config: Config, ds: ZipDataset, indices: np.ndarray, epoch: int, loss_of: Callable[..., Tensor], keep: dict
+) -> float:
     """One pass over the samples; gives the mean loss. Everything random in it depends on seed and epoch alone, which makes
     going on after an interruption exact."""
     model, optimizer, schedule, scaler = (keep[name] for name in ("model", "optimizer", "schedule", "scaler"))
     model.train()
     torch.manual_seed(config.seed * 1_000_003 + epoch)
     order = indices[torch.randperm(len(indices)).numpy()]
-    loss_of = task_loss(config.mask_loss, config.depth_loss, config.depth_weight)
     total = torch.zeros((), device=DEVICE)  # summed on the device: reading each value would wait for the GPU
     about = f"epoch {epoch}/{config.epochs}"
     with tqdm(total=len(order), desc=about, unit=" images", leave=False, file=sys.stdout) as bar:
