@@ -6,6 +6,7 @@ pictures are uint8 while they are stored and float in [0, 1] once they reach a n
 and grows with distance.
 """
 
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -13,8 +14,10 @@ import functools
 import hashlib
 import html
 import io
+import itertools
 import json
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -26,6 +29,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,10 +39,11 @@ import torch.nn.functional as F
 import torchvision
 from IPython import get_ipython
 from IPython.display import HTML
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from pytorch_msssim import ssim as msssim_ssim
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.transforms.v2 import ColorJitter
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -97,7 +102,7 @@ def workspace() -> Path:
 
 def data_zip(path: str | Path = "") -> Path:
     """The data set to use: `path` if given, else the environment variable DATA_ZIP, else the zip that notebook 00 made in
-    the workspace, else the sample that comes with the project.
+    the workspace, else the sample that comes with the project. A folder may stand for a zip, as in ZipDataset.
 
     A zip on Drive is copied to the machine's own disk first: Drive is slow where a file is read here and there.
     Raises FileNotFoundError where a path was given, or set in DATA_ZIP, and nothing is there.
@@ -108,14 +113,14 @@ def data_zip(path: str | Path = "") -> Path:
         if in_colab() and DRIVE in given.parents:
             _drive_folder()  # mounts Drive
         # A notebook's kernel starts in notebooks/, so the path may also be meant from the project's folder.
-        found = next((path for path in (given, ROOT / given) if path.is_file()), None)
+        found = next((path for path in (given, ROOT / given) if path.exists()), None)
         if found is None:
             raise FileNotFoundError(f"{given}: there is no such file. Give the path of a data set zip, or none for the sample.")
     else:
         found = workspace() / "scenes.zip"
         if not found.exists():
             return ROOT / "assets" / "sample.zip"
-    if DRIVE not in found.resolve().parents:
+    if found.is_dir() or DRIVE not in found.resolve().parents:
         return found
     local, there = DRIVE.parent / found.name, found.stat()
     if not local.exists() or (local.stat().st_size, int(local.stat().st_mtime)) != (there.st_size, int(there.st_mtime)):
@@ -140,7 +145,7 @@ CHANNELS = {"bg": 3, "fg_bg": 3, "mask": 1, "depth": 1}
 
 
 # How the published data sets name their pictures; a leading folder may wrap it all, and .jpg, .jpeg or .png follows. The
-# groups are numbers: the background's, then the object's, then the place's.
+# groups are numbers: what they stand for is in `_ids`. In roshantac a table says which pictures belong together.
 LAYOUTS = {
     "raguram": {
         "bg": r"bg_images/Image_(\d+)",
@@ -148,23 +153,43 @@ LAYOUTS = {
         "mask": r"fg_bg_mask/Image_(\d+)_(\d+)_(\d+)",
         "depth": r"fg_bg_depth/Image_(\d+)_(\d+)_(\d+)",
     },
+    "mpaditya": {
+        "bg": r"bg_192/bg192_(\d+)",
+        "fg_bg": r"fg_bg/bg192_(\d+)_fg(\d+)",
+        "mask": r"mask/bg192_(\d+)_fg(\d+)",
+        "depth": r"fg_bg_depth_full/bg192_(\d+)_fg(\d+)",
+    },
+    "deepjyoti": {
+        "bg": r"bg/bg_(\d+)",
+        "fg_bg": r"image/fg_bg_(\d+)",
+        "mask": r"mask/fg_bg_mask_(\d+)",
+        "depth": r"depthmap/depth_(\d+)",
+    },
+    "roshantac": {"table": r"label_data\.csv"},
     "modest": {
         "bg": r"bg/bg(\d+)",
         "fg_bg": r"bg_fg/bg(\d+)_fg(\d+)_(\d+)",
         "mask": r"bg_fg_mask/bg(\d+)_fg(\d+)_(\d+)_mask",
         "depth": r"bg_fg_depth_map/bg(\d+)_fg(\d+)_(\d+)_depth_map",
     },
+    "akshat": {
+        "bg": r"bg/bg_(\d+)",
+        "fg_bg": r"fg_bg/bg_(\d+)/img_(\d+)",
+        "mask": r"fg_bg_mask/bg_(\d+)/img_(\d+)",
+        "depth": r"fg_bg_depth/bg_(\d+)/img_(\d+)",
+    },
 }
-MIRRORED_IDS = ("raguram",)  # layouts in which object f + F/2 is object f, mirrored
 
 
 def _pattern(layout: str, kind: str) -> re.Pattern:
     """The regular expression that a whole path of this kind matches."""
-    return re.compile(rf"(?:.*/)?{LAYOUTS[layout][kind]}\.(?:jpe?g|png)", re.IGNORECASE)
+    extension = "" if kind == "table" else r"\.(?:jpe?g|png)"
+    return re.compile(rf"(?:.*/)?{LAYOUTS[layout][kind]}{extension}", re.IGNORECASE)
 
 
 class ZipDataset(torch.utils.data.Dataset):
-    """The samples of a data set zip, read from memory and never unpacked to disk.
+    """The samples of a data set zip, read from memory and never unpacked to disk. Or of a folder that holds the same files
+    unpacked, or in several zips (a zip's name then stands for a folder around its files).
 
     The zip's bytes are mapped into memory, where all processes share them; the directory becomes a few arrays. Every
     picture is decoded when it is first asked for and kept as uint8 at the working size, where half of the free memory can
@@ -174,13 +199,13 @@ class ZipDataset(torch.utils.data.Dataset):
     `ds.bg_id` and `ds.fg_id` are int arrays with one entry a sample; -1 is unknown. A mirrored object has the object's id.
 
     Args:
-        path: the zip.
+        path: the zip, or the folder.
         size: pictures are resized to size x size pixels, with antialiasing; masks by area, then cut at one half.
         layout: a name in LAYOUTS; None recognises the layout from the file names.
         depth_near: whether near is "dark" or "bright" in the zip's depth pictures; "bright" is turned round.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file or folder.
         ValueError: not a zip, empty, of unknown layout, or a sample lacks its background, mask or depth. While samples are
             read: a picture that cannot be decoded. The message names the file.
     """
@@ -193,30 +218,60 @@ class ZipDataset(torch.utils.data.Dataset):
         if layout is not None:
             _known(layout, LAYOUTS, "layout")
         self.path, self.size, self.depth_near = Path(path), size, depth_near
-        files = _read_directory(self.path)
-        self.layout = layout or _recognise_layout(self.path, [f.filename for f in files])
-        keys, rows = _match_samples(self.path, [f.filename for f in files], self.layout)
-
-        self._bytes = np.memmap(self.path, np.uint8, "r")
-        self._files = np.array(
-            [(f.header_offset, f.compress_size, f.compress_type, f.CRC) for f in files],
-            dtype=[("offset", np.int64), ("size", np.int64), ("method", np.int16), ("crc", np.uint32)],
-        )
-        self._names = np.array([f.filename.encode() for f in files])
-        self._rows = rows  # (samples, 4): which file is the bg, fg_bg, mask, depth of a sample
-        self.bg_id, self.fg_id = keys[:, 0], keys[:, 1]
-        if self.layout in MIRRORED_IDS:
-            self.fg_id = _fold_mirrored(self.bg_id, self.fg_id)
+        self._archives, names, self._files = _read_directory(self.path)
+        self._names = np.array([name.encode() for name in names])
+        self._map()
+        self.layout = layout or _recognise_layout(self.path, names)
+        if "table" in LAYOUTS[self.layout]:
+            table = next(i for i, name in enumerate(names) if _pattern(self.layout, "table").fullmatch(name))
+            rows, self.bg_id, self.fg_id = _match_table(f"{self.path}: {names[table]}", names, self._read(table))
+        else:
+            rows, self.bg_id, self.fg_id = _match_names(self.path, names, self.layout)
+        _warn_of_unused(self.path, names, rows)
         self.fingerprint = f"{zlib.crc32(self._files['crc'].tobytes(), zlib.crc32(self._names.tobytes())):08x}"
+        self._choose(rows)
 
+    def _map(self) -> None:
+        self._bytes = [np.memmap(archive, np.uint8, "r") for archive in self._archives]
+
+    def _choose(self, rows: np.ndarray) -> None:
+        """Makes these the samples, rows (samples, 4) of the bg, fg_bg, mask and depth files, and makes room for pictures."""
+        self._rows = rows
         self._slot = {kind: np.unique(rows[:, k], return_inverse=True)[1] for k, kind in enumerate(KINDS)}
         counts = {kind: int(slot.max()) + 1 for kind, slot in self._slot.items()}
-        needed = sum(count * CHANNELS[kind] * size * size for kind, count in counts.items())
+        needed = sum(count * CHANNELS[kind] * self.size**2 for kind, count in counts.items())
         self.cached = needed < psutil.virtual_memory().available / 2
         if self.cached:
             rooms = {kind: self._empty(kind, count) for kind, count in counts.items()}
             self._store = {kind: store for kind, (store, _) in rooms.items()}
             self._ready = {kind: ready for kind, (_, ready) in rooms.items()}
+
+    def subset(self, n: int, seed: int = 0) -> "ZipDataset":
+        """The data set cut to n samples, spread evenly over the backgrounds and, on each, over the objects (report 4 took
+        20,000 of 400,000). A seed gives the same choice every time. Raises ValueError for n below 1 or above len(self)."""
+        if not 1 <= n <= len(self):
+            raise ValueError(f"subset of {n} samples: {self.path} has {len(self)}. Take 1 to {len(self)}.")
+        rng = np.random.default_rng(seed)
+        left = {b: collections.defaultdict(list) for b in rng.permutation(np.unique(self.bg_id)).tolist()}
+        for i in rng.permutation(len(self)).tolist():
+            left[int(self.bg_id[i])][int(self.fg_id[i])].append(i)
+        on_background, overall, taken = collections.Counter(), collections.Counter(), []
+        while len(taken) < n:
+            for b, samples in left.items():
+                if samples and len(taken) < n:
+                    # The object that this background has had least, and of those the one that is rarest so far.
+                    f = min(samples, key=lambda f: (on_background[b, f], overall[f]))
+                    on_background[b, f] += 1
+                    overall[f] += 1
+                    taken.append(samples[f].pop())
+                    if not samples[f]:
+                        del samples[f]
+        taken = np.sort(taken)
+        part = object.__new__(ZipDataset)
+        part.__dict__.update(self.__dict__)
+        part.bg_id, part.fg_id = self.bg_id[taken], self.fg_id[taken]
+        part._choose(self._rows[taken])
+        return part
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -229,16 +284,17 @@ class ZipDataset(torch.utils.data.Dataset):
 
     def __getstate__(self) -> dict:
         # A worker process maps the file again and decodes on its own, instead of receiving copies of bytes and pictures.
-        state = self.__dict__ | {"_bytes": None, "cached": False}
+        state = self.__dict__ | {"_bytes": [], "cached": False}
         return {name: value for name, value in state.items() if name not in ("_store", "_ready")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._bytes = np.memmap(self.path, np.uint8, "r")
+        self._map()
 
     def name(self, i: int) -> str:
-        """The sample's name: that of its fg_bg file, without folders and extension."""
-        return Path(self._names[self._rows[i, 1]].decode()).stem
+        """The sample's name: that of its fg_bg file within the folder of its kind, without extension."""
+        levels = LAYOUTS[self.layout].get("fg_bg", "/").count("/")
+        return "_".join(Path(self._names[self._rows[i, 1]].decode()).with_suffix("").parts[-levels:])
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The samples as uint8 tensors (len(indices), channels, size, size); mask is 0 or 1, depth 255 is far."""
@@ -270,9 +326,12 @@ class ZipDataset(torch.utils.data.Dataset):
 
     def _read(self, file: int) -> bytes:
         entry = self._files[file]
-        header = self._bytes[entry["offset"] : entry["offset"] + 30].tobytes()  # a zip entry's local header
+        if entry["archive"] < 0:
+            return (self.path / self._names[file].decode()).read_bytes()
+        archive = self._bytes[entry["archive"]]
+        header = archive[entry["offset"] : entry["offset"] + 30].tobytes()  # a zip entry's local header
         start = entry["offset"] + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        raw = self._bytes[start : start + entry["size"]].tobytes()
+        raw = archive[start : start + entry["size"]].tobytes()
         try:
             raw = zlib.decompress(raw, -zlib.MAX_WBITS) if entry["method"] == zipfile.ZIP_DEFLATED else raw
             if zlib.crc32(raw) != entry["crc"]:
@@ -298,30 +357,44 @@ class ZipDataset(torch.utils.data.Dataset):
         return 255 - pixels if kind == "depth" and self.depth_near == "bright" else pixels
 
 
-def _read_directory(path: Path) -> list[zipfile.ZipInfo]:
-    """The entries of a zip that are files and not litter of an operating system."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file.")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except zipfile.BadZipFile as error:
-        size = path.stat().st_size
-        raise ValueError(f"{path} is not a whole zip file ({size:,} bytes; {error}). Download or copy it anew.") from error
-    litter = re.compile(r"(^|/)(__MACOSX/|\.DS_Store$|Thumbs\.db$)")
-    files = [entry for entry in entries if not entry.is_dir() and not litter.search(entry.filename)]
-    if not files:
+def _read_directory(path: Path) -> tuple[list[Path], list[str], np.ndarray]:
+    """The files of a zip, of a folder or of the zips in a folder, but for the litter of operating systems: the zips; the
+    files' names; and where each lies, which zip (-1: none) and the offset, size, method and checksum in it."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or folder.")
+    archives = sorted(path.glob("*.zip")) if path.is_dir() else [path]
+    names, places = [], []
+    for number, archive in enumerate(archives):
+        try:
+            with zipfile.ZipFile(archive) as opened:
+                entries = [entry for entry in opened.infolist() if not entry.is_dir()]
+        except zipfile.BadZipFile as error:
+            size = archive.stat().st_size
+            raise ValueError(f"{archive} is not a whole zip file ({size:,} bytes; {error}). Copy it anew.") from error
+        odd = [e.filename for e in entries if e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]
+        if odd:
+            raise ValueError(f"{archive}: {odd[0]} is compressed in a way that is not read here. Store or deflate the files.")
+        names += [f"{archive.stem}/{e.filename}" if path.is_dir() else e.filename for e in entries]
+        places += [(number, e.header_offset, e.compress_size, e.compress_type, e.CRC) for e in entries]
+    if not archives:
+        found = sorted(file for file in path.rglob("*") if file.is_file())
+        names = [file.relative_to(path).as_posix() for file in found]
+        # In place of a checksum, for which all files would have to be read, the size tells whether the data have changed.
+        places = [(-1, 0, size, -1, size) for size in (file.stat().st_size for file in found)]
+    litter = re.compile(r"(^|/)(__MACOSX/|\._|\.DS_Store$|Thumbs\.db$)")
+    kept = [i for i, name in enumerate(names) if not litter.search(name)]
+    if not kept:
         raise ValueError(f"{path} holds no files. A data set has pictures of four kinds: bg, fg_bg, mask and depth.")
-    odd = [entry.filename for entry in files if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]
-    if odd:
-        raise ValueError(f"{path}: {odd[0]} is compressed in a way that is not read here. Store or deflate the zip's files.")
-    return files
+    fields = [("archive", np.int16), ("offset", np.int64), ("size", np.int64), ("method", np.int16), ("crc", np.uint32)]
+    return archives, [names[i] for i in kept], np.array([places[i] for i in kept], dtype=fields)
 
 
 def _recognise_layout(path: Path, names: Sequence[str]) -> str:
-    """The layout whose fg_bg pattern matches the most names."""
-    patterns = {layout: _pattern(layout, "fg_bg") for layout in LAYOUTS}
-    counts = {layout: sum(map(bool, map(pattern.fullmatch, names))) for layout, pattern in patterns.items()}
+    """The layout that has a table in the zip, or else whose fg_bg pattern matches the most names."""
+    counts = {}
+    for layout, kinds in LAYOUTS.items():
+        found = sum(map(bool, map(_pattern(layout, "table" if "table" in kinds else "fg_bg").fullmatch, names)))
+        counts[layout] = len(names) if found and "table" in kinds else found
     best = max(counts, key=counts.get)
     if counts[best]:
         return best
@@ -329,13 +402,13 @@ def _recognise_layout(path: Path, names: Sequence[str]) -> str:
     found = ", ".join(list(examples.values())[:4])
     known = "; ".join(
         f"{layout} ({', '.join(name.partition('/')[0] for name in kinds.values())})" for layout, kinds in LAYOUTS.items()
-    )
+    ).replace("\\", "")
     raise ValueError(f"{path}: no known layout. Found {len(names)} files such as {found}. Known layouts and folders: {known}.")
 
 
-def _match_samples(path: Path, names: Sequence[str], layout: str) -> tuple[np.ndarray, np.ndarray]:
-    """Which files make a sample, in numerical order: keys (samples, 3), numbers of background, object and place; and rows
-    (samples, 4), each sample's four files."""
+def _match_names(path: Path, names: Sequence[str], layout: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which files make a sample, by the numbers in their names and in the order of these: rows (samples, 4), each sample's
+    four files; ids of backgrounds and of objects."""
     found = {}
     for kind in KINDS:
         pattern, found[kind] = _pattern(layout, kind), {}
@@ -346,17 +419,72 @@ def _match_samples(path: Path, names: Sequence[str], layout: str) -> tuple[np.nd
                     raise ValueError(f"{path}: {names[found[kind][key]]} and {name} both claim to be one {kind}. Remove one.")
                 found[kind][key] = i
     keys = sorted(found["fg_bg"])
+    if not keys:
+        raise ValueError(f"{path}: none of its {len(names)} files is a fg_bg picture of the layout {layout}.")
+    bg_id, fg_id = _ids(layout, np.array(keys), max((k for (k,) in found["bg"]), default=1))
+    wanted = dict.fromkeys(KINDS, keys) | {"bg": [(b,) for b in bg_id.tolist()]}
     for kind in ("bg", "mask", "depth"):
-        missing = [key for key in keys if (key[:1] if kind == "bg" else key) not in found[kind]]
+        missing = [i for i, key in enumerate(wanted[kind]) if key not in found[kind]]
         if missing:
-            first = names[found["fg_bg"][missing[0]]]
+            first = names[found["fg_bg"][keys[missing[0]]]]
             raise ValueError(f"{path}: {len(missing)} of {len(keys)} samples have no {kind}; the first is {first}.")
-    rows = np.array([[found["bg"][key[:1]], *(found[kind][key] for kind in KINDS[1:])] for key in keys])
+    return np.array([[found[kind][key] for key in wanted[kind]] for kind in KINDS]).T, bg_id, fg_id
+
+
+def _ids(layout: str, numbers: np.ndarray, last_bg: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the numbers in the names of fg_bg files (samples, groups) say: the ids of backgrounds and objects, -1 unknown.
+
+    raguram and modest: background, object, place. mpaditya: background, sample. akshat: background, sample, from 1.
+    deepjyoti: sample, from 1, with the same number of samples for each of the backgrounds 1 to `last_bg`.
+    """
+    if layout in ("raguram", "modest"):
+        bg_id, fg_id = numbers[:, 0], numbers[:, 1]
+        return bg_id, _fold_mirrored(bg_id, fg_id) if layout == "raguram" else fg_id
+    if layout == "deepjyoti":
+        each = -(-int(numbers.max()) // last_bg)
+        bg_id, place = (numbers[:, 0] - 1) // each + 1, (numbers[:, 0] - 1) % each
+    else:
+        bg_id, place, each = numbers[:, 0], numbers[:, 1] - 1, int(numbers[:, 1].max())
+    # The recipe of the reports puts an object at 20 places and, mirrored, at the same 20, before the next one follows.
+    ordered = layout != "mpaditya" and each % 40 == 0
+    return bg_id, place // 40 if ordered else np.full(len(numbers), -1)
+
+
+def _match_table(where: str, names: Sequence[str], table: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same from a table with a line a sample, the paths of bg, fg_bg, mask and depth with `;` between. Files are found
+    by their folder and name, as what stands before depends on where the table was written."""
+
+    def tail(name: str) -> str:
+        return "/".join(name.strip().replace("\\", "/").split("/")[-2:]).lower()
+
+    files, rows = {tail(name): i for i, name in enumerate(names)}, []
+    for number, line in enumerate(csv.reader(io.StringIO(table.decode("utf-8-sig", "replace")), delimiter=";"), start=1):
+        if not line:
+            continue
+        if len(line) != len(KINDS):
+            raise ValueError(f"{where}, line {number}: {len(line)} columns; expected the paths of bg, fg_bg, mask and depth.")
+        missing = [name for name in line if tail(name) not in files]
+        if missing:
+            raise ValueError(f"{where}, line {number}: {missing[0]} is not in the data set.")
+        rows.append([files[tail(name)] for name in line])
+    if not rows:
+        raise ValueError(f"{where} has no lines; expected one a sample.")
+    if len({row[1] for row in rows}) < len(rows):
+        twice = collections.Counter(row[1] for row in rows).most_common(1)[0][0]
+        raise ValueError(f"{where}: {names[twice]} stands in more than one line; a sample has one background, mask and depth.")
+    # As in the other layouts, in the order of the numbers in the names.
+    rows.sort(key=lambda row: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", names[row[1]])])
+    numbers = [re.search(r"(\d+)\D*$", Path(names[row[0]]).stem) for row in rows]
+    if None in numbers:
+        raise ValueError(f"{where}: {names[rows[numbers.index(None)][0]]} has no number in its name, by which backgrounds go.")
+    return np.array(rows), np.array([int(number[1]) for number in numbers]), np.full(len(rows), -1)
+
+
+def _warn_of_unused(path: Path, names: Sequence[str], rows: np.ndarray) -> None:
     unused = set(range(len(names))) - set(rows.ravel().tolist())
     unused = [names[i] for i in sorted(unused) if names[i].lower().endswith((".jpg", ".jpeg", ".png"))]
     if unused:
         warnings.warn(f"{path}: {len(unused)} pictures belong to no sample, {unused[0]} the first of them.", stacklevel=3)
-    return np.array(keys), rows
 
 
 def _fold_mirrored(bg_id: np.ndarray, fg_id: np.ndarray) -> np.ndarray:
@@ -426,6 +554,12 @@ def split(ds: ZipDataset, by: str = "unseen", seed: int = 0) -> dict[str, np.nda
     return {name: np.flatnonzero(members) for name, members in parts.items()}
 
 
+def hardest_part(parts: Iterable[str]) -> str:
+    """The part to look at first: of the test parts that are there (their names), the one with the least in common with the
+    training data. Where objects are not known by number, that is `test_new_bg`."""
+    return next(part for part in ("test_new_both", "test_new_bg", "test", "test_seen", "valid") if part in parts)
+
+
 def _known(name: str, names: Iterable[str], what: str) -> None:
     if name not in names:
         raise ValueError(f"Unknown {what} {name!r}. Known: {', '.join(names)}.")
@@ -445,14 +579,15 @@ def check_size(model: nn.Module, height: int, width: int) -> None:
 
 
 class DoubleConv(nn.Sequential):
-    """Twice: 3x3 convolution, batch norm, ReLU. (N, inputs, H, W) -> (N, outputs, H, W)."""
+    """Twice: 3x3 convolution, batch norm, ReLU. (N, inputs, H, W) -> (N, outputs, H, W), with `middle` channels between."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int, middle: int | None = None, bias: bool = True):
+        middle = middle or outputs
         super().__init__(
-            nn.Conv2d(inputs, outputs, 3, padding=1),
-            nn.BatchNorm2d(outputs),
+            nn.Conv2d(inputs, middle, 3, padding=1, bias=bias),
+            nn.BatchNorm2d(middle),
             nn.ReLU(inplace=True),
-            nn.Conv2d(outputs, outputs, 3, padding=1),
+            nn.Conv2d(middle, outputs, 3, padding=1, bias=bias),
             nn.BatchNorm2d(outputs),
             nn.ReLU(inplace=True),
         )
@@ -488,9 +623,9 @@ class UpBlock(nn.Module):
 
 
 class ResUNet(nn.Module):
-    """Report 4's network: the two pictures joined to six channels, one residual encoder, and a decoder for each task.
+    """Reports 1 and 4: the two pictures joined to six channels, one residual encoder, and a decoder for each task.
 
-    `widths` are the channels of the encoder's blocks and, last, of the bottom.
+    `widths` are the channels of the encoder's blocks and, last, of the bottom: five make `resunet`, three `resunet_lite`.
     """
 
     def __init__(self, widths: Sequence[int] = (32, 64, 128, 256, 512)):
@@ -602,8 +737,96 @@ class DualStream(nn.Module):
         return self.mask_decoder(full, half, quarter), self.depth_decoder(full, half, quarter).sigmoid()
 
 
+class UNet(nn.Module):
+    """A small U-Net from six channels to one: double convolutions, max-pooling down, bilinear up. `widths` are the channels of
+    the encoder, from full size down. Ronneberger et al., U-Net, 2015."""
+
+    def __init__(self, widths: Sequence[int]):
+        super().__init__()
+        self.encoder = nn.ModuleList(map(DoubleConv, (6, *widths[:-1]), widths))
+        self.pool = nn.MaxPool2d(2)
+        self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+        skips = widths[-2::-1]  # what is handed across, from the smallest size up; as many channels come up from below
+        self.decoder = nn.ModuleList(DoubleConv(2 * w, out, w) for w, out in zip(skips, (*skips[1:], skips[-1]), strict=True))
+        self.head = nn.Conv2d(widths[0], 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = [self.encoder[0](x)]
+        for block in self.encoder[1:]:
+            skips.append(block(self.pool(skips[-1])))
+        x = skips.pop()
+        for block in self.decoder:
+            x = block(torch.cat([skips.pop(), self.up(x)], 1))
+        return self.head(x)
+
+
+class TwinUNet(nn.Module):
+    """Report 3: two U-Nets that share nothing, one for the mask and one of twice the width for depth."""
+
+    stride = 16
+
+    def __init__(self):
+        super().__init__()
+        self.mask_net = UNet((16, 32, 64, 128, 128))
+        self.depth_net = UNet((32, 64, 128, 256, 256))
+
+    def forward(self, bg: Tensor, fg_bg: Tensor) -> tuple[Tensor, Tensor]:
+        check_size(self, *bg.shape[2:])
+        pictures = torch.cat([bg, fg_bg], 1)
+        return self.mask_net(pictures), self.depth_net(pictures).sigmoid()
+
+
+class TripleResBlock(nn.Module):
+    """Three convolutions beside a shortcut that is a 3x3 convolution too; the ReLU of the third comes after the sum."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.main = nn.Sequential(
+            DoubleConv(inputs, outputs, bias=False),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) + self.shortcut(x))
+
+
+class TwoHeadResNet(nn.Module):
+    """Report 5: a stream for each picture, joined to 256 channels, and two heads, everything at full size. A pixel of the
+    output sees 21 x 21 pixels of the input."""
+
+    stride = 1
+
+    def __init__(self):
+        super().__init__()
+        doubles = DoubleConv(32, 64, bias=False), DoubleConv(64, 128, bias=False)
+        self.bg_stream = nn.Sequential(*self._first(), *doubles)
+        self.fg_bg_stream = nn.Sequential(*self._first(), TripleResBlock(32, 64), TripleResBlock(64, 128))
+        self.mask_head, self.depth_head = self._head(), self._head()
+
+    @staticmethod
+    def _first() -> tuple[nn.Module, ...]:
+        return nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)
+
+    @staticmethod
+    def _head() -> nn.Sequential:
+        return nn.Sequential(DoubleConv(256, 256, bias=False), nn.Conv2d(256, 1, 3, padding=1, bias=False))
+
+    def forward(self, bg: Tensor, fg_bg: Tensor) -> tuple[Tensor, Tensor]:
+        joined = torch.cat([self.fg_bg_stream(fg_bg), self.bg_stream(bg)], 1)
+        return self.mask_head(joined), self.depth_head(joined).sigmoid()
+
+
 # Every network: mask_logits, depth = model(bg, fg_bg), each (N, 1, H, W); depth is in [0, 1].
-MODELS: dict[str, Callable[[], nn.Module]] = {"resunet": ResUNet, "dual_stream": DualStream}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "resunet": ResUNet,
+    "resunet_lite": functools.partial(ResUNet, (64, 128, 256)),
+    "dual_stream": DualStream,
+    "twin_unet": TwinUNet,
+    "two_head_resnet": TwoHeadResNet,
+}
 
 
 # ---------- Losses and metrics ----------------------------------------------------------------------------------------
@@ -613,41 +836,109 @@ def _full_precision(loss: Callable) -> Callable:
     """Computes a loss in float32 at least, whatever autocast says: half precision moves SSIM by hundredths."""
 
     @functools.wraps(loss)
-    def wrapped(prediction: Tensor, target: Tensor) -> Tensor:
+    def wrapped(prediction: Tensor, target: Tensor, **options) -> Tensor:
         with torch.autocast(prediction.device.type, enabled=False):
             if prediction.dtype != torch.float64:
                 prediction = prediction.float()
-            return loss(prediction, target.to(prediction.dtype))
+            return loss(prediction, target.to(prediction.dtype), **options)
 
     return wrapped
 
 
+def _of_probability(loss: Callable) -> Callable:
+    """The same loss for a mask's logits, of which it is given the sigmoid."""
+
+    @functools.wraps(loss)
+    @_full_precision
+    def wrapped(prediction: Tensor, target: Tensor, **options) -> Tensor:
+        return loss(prediction.sigmoid(), target, **options)
+
+    return wrapped
+
+
+# Of the mask alone. Predictions are logits z, p = sigmoid(z); the truth t is 0 or 1.
+
+
 @_full_precision
 def bce(prediction: Tensor, target: Tensor) -> Tensor:
-    """Binary cross entropy of logits: -(t log p + (1 - t) log(1 - p)), p = sigmoid(z), mean over all pixels."""
+    """Binary cross entropy of logits: -(t log p + (1 - t) log(1 - p)), mean over all pixels."""
     return F.binary_cross_entropy_with_logits(prediction, target)
 
 
 @_full_precision
-def dice(prediction: Tensor, target: Tensor) -> Tensor:
-    """Dice loss of logits, per picture: 1 - (2 sum pt + 1) / (sum p + sum t + 1), then the mean over the batch.
+def weighted_bce(prediction: Tensor, target: Tensor, pos_weight: float = 5.0) -> Tensor:
+    """Binary cross entropy of logits in which the object's pixels count more: -(w t log p + (1 - t) log(1 - p)), w =
+    `pos_weight`, mean over all pixels. What report 4 meant to try next."""
+    return F.binary_cross_entropy_with_logits(prediction, target, pos_weight=prediction.new_tensor(pos_weight))
 
-    The 1 keeps an empty mask, predicted empty, from costing anything. Milletari et al., V-Net, 2016, without the squares.
+
+@_full_precision
+def focal(prediction: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Focal loss of logits: alpha_t (1 - p_t)^gamma BCE, mean over all pixels, where p_t is the probability given to the
+    truth and alpha_t is alpha on the object and 1 - alpha beside it. What is right already hardly counts.
+
+    Lin et al., Focal Loss for Dense Object Detection, 2017.
     """
-    p = prediction.sigmoid()
-    overlap, total = (p * target).sum((1, 2, 3)), (p + target).sum((1, 2, 3))
-    return (1 - (2 * overlap + 1) / (total + 1)).mean()
+    cross_entropy = F.binary_cross_entropy_with_logits(prediction, target, reduction="none")
+    missing = -torch.expm1(-cross_entropy)  # 1 - p_t
+    return ((alpha * target + (1 - alpha) * (1 - target)) * missing**gamma * cross_entropy).mean()
 
 
-def bce_dice(prediction: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy, which is smooth everywhere, plus Dice, which does not care how small the object is (report 2)."""
-    return bce(prediction, target) + dice(prediction, target)
+@_of_probability
+def tversky(prediction: Tensor, target: Tensor, a: float = 0.3, b: float = 0.7) -> Tensor:
+    """Tversky loss of logits, per picture: 1 - (I + 1) / (I + a FP + b FN + 1), with I = sum pt, FP = sum p (1 - t) and
+    FN = sum (1 - p) t; then the mean over the batch.
+
+    b above a: to miss a pixel of the object is worse than to take one too many. a = b = 1/2 is Dice (but for the 1), a = b
+    = 1 intersection over union. Salehi et al., Tversky Loss Function for Image Segmentation, 2017.
+    """
+    overlap = (prediction * target).sum((1, 2, 3))
+    false_positive, false_negative = prediction.sum((1, 2, 3)) - overlap, target.sum((1, 2, 3)) - overlap
+    return (1 - (overlap + 1) / (overlap + a * false_positive + b * false_negative + 1)).mean()
+
+
+@_full_precision
+def lovasz(prediction: Tensor, target: Tensor) -> Tensor:
+    """Lovasz hinge of logits, per picture, then the mean over the batch: the hinge errors max(0, 1 - z (2t - 1)), sorted
+    from the largest, each times what its pixel, when wrong too, takes off the intersection over union.
+
+    Berman et al., The Lovasz-Softmax Loss, 2018.
+    """
+    truth, logits = target.flatten(1), prediction.flatten(1)
+    errors, order = (1 - logits * (2 * truth - 1)).sort(1, descending=True)
+    truth = truth.gather(1, order)
+    size = truth.sum(1, keepdim=True)
+    jaccard = 1 - (size - truth.cumsum(1)) / (size + (1 - truth).cumsum(1))  # lost once the first k pixels are wrong
+    steps = torch.cat([jaccard[:, :1], jaccard.diff(dim=1)], 1)
+    return (errors.relu() * steps).sum(1).mean()
+
+
+# Of mask and depth alike: of the mask they are given the probability.
 
 
 @_full_precision
 def l1(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean absolute error over all pixels."""
     return F.l1_loss(prediction, target)
+
+
+@_full_precision
+def rmse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Root of the mean squared error of a picture, then the mean over the batch. The 1e-12 under the root keeps the gradient
+    of a perfect picture from being 0 / 0."""
+    return ((prediction - target).square().mean((1, 2, 3)) + 1e-12).sqrt().mean()
+
+
+@_full_precision
+def dice(prediction: Tensor, target: Tensor) -> Tensor:
+    """Dice loss, per picture: 1 - (2 sum pt + 1) / (sum p + sum t + 1), then the mean over the batch.
+
+    The 1 keeps an empty mask, predicted empty, from costing anything. Milletari et al., V-Net, 2016, without the squares.
+    On depth, as report 4 tried it, it misleads: for a truth that is neither 0 nor 1 the least value is not at the truth, but
+    where far pixels are pushed to 1 and near ones to 0.
+    """
+    both, total = (prediction * target).sum((1, 2, 3)), (prediction + target).sum((1, 2, 3))
+    return (1 - (2 * both + 1) / (total + 1)).mean()
 
 
 @_full_precision
@@ -665,6 +956,42 @@ def _ssim_per_picture(prediction: Tensor, target: Tensor) -> Tensor:
 def ssim(prediction: Tensor, target: Tensor) -> Tensor:
     """(1 - SSIM) / 2, in [0, 1]. Raises ValueError for pictures smaller than the window of 11 pixels."""
     return ((1 - _ssim_per_picture(prediction, target)) / 2).mean()
+
+
+def bce_dice(prediction: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy, which is smooth everywhere, plus Dice, which does not care how small the object is (report 2)."""
+    return bce(prediction, target) + MASK_LOSSES["dice"](prediction, target)
+
+
+# Of depth alone: d predicted, g true, both in [0, 1].
+
+
+@_full_precision
+def huber(prediction: Tensor, target: Tensor, delta: float = 0.1) -> Tensor:
+    """Huber loss, mean over all pixels: e^2 / 2 for errors |e| up to delta, then delta (|e| - delta / 2). Outliers pull no
+    harder than `delta`; the usual delta of 1 would never be reached by depth in [0, 1]."""
+    return F.huber_loss(prediction, target, delta=delta)
+
+
+@_full_precision
+def berhu(prediction: Tensor, target: Tensor) -> Tensor:
+    """BerHu loss, Huber reversed, mean over all pixels: |e| up to c, then (e^2 + c^2) / (2c), with c a fifth of the largest
+    error in the batch. Laina et al., Deeper Depth Prediction with Fully Convolutional Residual Networks, 2016."""
+    error = (prediction - target).abs()
+    c = (0.2 * error.detach().max()).clamp_min(1e-6)  # 0 / 0 for a perfect batch otherwise
+    return torch.where(error <= c, error, (error.square() + c**2) / (2 * c)).mean()
+
+
+@_full_precision
+def silog(prediction: Tensor, target: Tensor) -> Tensor:
+    """Scale-invariant logarithmic loss, per picture: root of mean q^2 - (mean q)^2 / 2 with q = log d - log g; then the mean
+    over the batch. To be wrong by one factor everywhere costs half (of the square) of what the same errors cost at random.
+
+    Both depths are clamped to at least 1/255, the first grey level, and 1e-12 stands under the root for the gradient's sake.
+    Eigen et al., Depth Map Prediction from a Single Image, 2014, with the root of later papers.
+    """
+    q = prediction.clamp_min(1 / 255).log() - target.clamp_min(1 / 255).log()
+    return (q.square().mean((1, 2, 3)) - q.mean((1, 2, 3)).square() / 2 + 1e-12).sqrt().mean()
 
 
 @_full_precision
@@ -687,15 +1014,51 @@ def l1_ssim_gradient(prediction: Tensor, target: Tensor) -> Tensor:
 
 # Every loss: (prediction, target) -> scalar tensor. A mask's prediction are logits, a depth's is depth in [0, 1].
 Loss = Callable[[Tensor, Tensor], Tensor]
-MASK_LOSSES: dict[str, Loss] = {loss.__name__: loss for loss in (bce, dice, bce_dice)}
-DEPTH_LOSSES: dict[str, Loss] = {loss.__name__: loss for loss in (l1, ssim, gradient, l1_ssim_gradient, densedepth)}
+MASK_LOSSES: dict[str, Loss] = {
+    "bce": bce,
+    "weighted_bce": weighted_bce,
+    "l1": _of_probability(l1),
+    "rmse": _of_probability(rmse),
+    "dice": _of_probability(dice),
+    "tversky": tversky,
+    "focal": focal,
+    "lovasz": lovasz,
+    "ssim": _of_probability(ssim),
+    "bce_dice": bce_dice,
+}
+DEPTH_LOSSES: dict[str, Loss] = {
+    loss.__name__: loss for loss in (l1, rmse, huber, berhu, ssim, gradient, dice, silog, l1_ssim_gradient, densedepth)
+}
 
 
-def task_loss(mask_loss: str | None, depth_loss: str | None, depth_weight: float = 1.0) -> Callable[..., Tensor]:
+class TaskLoss(nn.Module):
+    """loss(mask_logits, depth, mask_true, depth_true), a scalar: see `task_loss`."""
+
+    def __init__(self, mask_loss: str | None, depth_loss: str | None, depth_weight: float | str):
+        super().__init__()
+        self.mask_loss = MASK_LOSSES[mask_loss] if mask_loss is not None else None
+        self.depth_loss = DEPTH_LOSSES[depth_loss] if depth_loss is not None else None
+        self.depth_weight = depth_weight
+        if depth_weight == "learned":
+            self.log_variances = nn.Parameter(torch.zeros(2))
+
+    def forward(self, mask_logits: Tensor, depth: Tensor, mask_true: Tensor, depth_true: Tensor) -> Tensor:
+        mask_term = self.mask_loss(mask_logits, mask_true) if self.mask_loss is not None else 0
+        depth_term = self.depth_loss(depth, depth_true) if self.depth_loss is not None else 0
+        if self.depth_weight == "learned":
+            terms = torch.stack([mask_term, depth_term])
+            return (terms * (-self.log_variances).exp() + self.log_variances).sum()
+        return mask_term + self.depth_weight * depth_term
+
+
+def task_loss(mask_loss: str | None, depth_loss: str | None, depth_weight: float | str = 1.0) -> TaskLoss:
     """Joins a mask loss and a depth loss by name: loss(mask_logits, depth, mask_true, depth_true) is the mask's plus
     `depth_weight` times the depth's. One of the names may be None, to train the other task alone.
 
-    Raises ValueError for an unknown name, and where both are None.
+    With `depth_weight` "learned" the loss has two parameters of its own, s and t, to be trained with the network:
+    exp(-s) mask + s + exp(-t) depth + t. Kendall et al., Multi-Task Learning Using Uncertainty, 2018.
+
+    Raises ValueError for an unknown name or weight, where both names are None, and for one task with a learned weight.
     """
     if mask_loss is None and depth_loss is None:
         raise ValueError("mask_loss and depth_loss are both None; there would be nothing to train.")
@@ -703,13 +1066,12 @@ def task_loss(mask_loss: str | None, depth_loss: str | None, depth_weight: float
         _known(mask_loss, MASK_LOSSES, "mask loss")
     if depth_loss is not None:
         _known(depth_loss, DEPTH_LOSSES, "depth loss")
-
-    def loss(mask_logits: Tensor, depth: Tensor, mask_true: Tensor, depth_true: Tensor) -> Tensor:
-        mask_term = MASK_LOSSES[mask_loss](mask_logits, mask_true) if mask_loss is not None else 0
-        depth_term = DEPTH_LOSSES[depth_loss](depth, depth_true) if depth_loss is not None else 0
-        return mask_term + depth_weight * depth_term
-
-    return loss
+    if depth_weight == "learned":
+        if mask_loss is None or depth_loss is None:
+            raise ValueError("depth_weight is 'learned', which weighs two tasks, but mask_loss or depth_loss is None.")
+    elif isinstance(depth_weight, str) or not depth_weight > 0:
+        raise ValueError(f"depth_weight is {depth_weight!r}; it can be a number above 0, or 'learned'.")
+    return TaskLoss(mask_loss, depth_loss, depth_weight)
 
 
 @torch.no_grad()
@@ -783,10 +1145,25 @@ def baselines(ds: ZipDataset, train: np.ndarray) -> Baseline:
 
 # ---------- Runs: a Config says everything, a folder holds everything -------------------------------------------------
 
-OPTIMIZERS = {"sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+OPTIMIZERS = {
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+    "rmsprop": torch.optim.RMSprop,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+
+
+def _one_cycle(optimizer: torch.optim.Optimizer, lr: float, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    # RMSprop has no momentum here; a cycle of it would bring it in.
+    has_momentum = "betas" in optimizer.defaults or optimizer.defaults["momentum"] > 0
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, cycle_momentum=has_momentum)
+
+
 SCHEDULES = {
     "constant": lambda optimizer, lr, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
-    "onecycle": lambda optimizer, lr, steps: torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1),
+    "step": lambda optimizer, lr, steps: torch.optim.lr_scheduler.StepLR(optimizer, -(-steps // 3), gamma=0.1),
+    "plateau": lambda optimizer, lr, steps: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=2),
+    "onecycle": _one_cycle,
 }
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Results = dict[str, dict[str, float]]  # part of the split -> metric -> mean over its pictures
@@ -806,19 +1183,21 @@ class Config:
     depth_near: str = "dark"  # or "bright", in the zip's depth pictures
     size: int = 64  # pixels a side
     split: str = "unseen"  # or "image"
-    max_train: int = 0  # at most so many training samples, drawn at random; 0: all
+    subset: int = 0  # only so many of the samples, as ZipDataset.subset chooses them; 0: all
+    max_train: int = 0  # of these, at most so many training samples, drawn at random; 0: all
     max_test: int = 0  # the same for each part that is measured
     model: str = "resunet"
     mask_loss: str | None = "bce_dice"  # None trains depth alone
     depth_loss: str | None = "densedepth"  # None trains the mask alone
-    depth_weight: float = 1.0
-    optimizer: str = "adamw"
+    depth_weight: float | str = 1.0  # of the depth loss beside the mask loss, or "learned"
+    optimizer: str = "adamw"  # see OPTIMIZERS
     lr: float = 1e-3  # the schedule's highest
     weight_decay: float = 1e-2
-    schedule: str = "onecycle"
+    schedule: str = "onecycle"  # or "constant"; "step": a tenth after each third; "plateau": a tenth after 3 epochs in vain
+    clip_norm: float = 0.0  # gradients are scaled down to this norm; 0: never
     batch_size: int = 16
     epochs: int = 10
-    augment: str = "mirror"  # or "none"
+    augment: str = "mirror"  # or "colour", "mirror+colour", "none"
     precision: str = "auto"  # or "float32", "bfloat16", "float16"
     seed: int = 0  # of the first weights, the data order and the augmentation
 
@@ -832,15 +1211,32 @@ class Config:
         _known(self.model, MODELS, "model")
         _known(self.optimizer, OPTIMIZERS, "optimizer")
         _known(self.schedule, SCHEDULES, "schedule")
-        _known(self.augment, ("mirror", "none"), "augment")
+        _known(self.augment, ("none", "mirror", "colour", "mirror+colour"), "augment")
         _known(self.precision, ("auto", *PRECISIONS), "precision")
         _known(self.depth_near, ("dark", "bright"), "depth_near")
-        task_loss(self.mask_loss, self.depth_loss)
+        task_loss(self.mask_loss, self.depth_loss, self.depth_weight)
         for field in ("size", "batch_size", "epochs", "lr"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be more than 0.")
+        for field in ("subset", "max_train", "max_test", "clip_norm", "weight_decay"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be 0 or more.")
         if self.size < 11:
             raise ValueError(f"size is {self.size}; SSIM, one of the metrics, looks at windows of 11 pixels.")
+
+    def save(self, path: str | Path) -> None:
+        """Writes it as JSON."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        _write_json(Path(path), dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Config":
+        """Reads what `save` wrote, or the config.json of a run. Raises ValueError where the file holds no Config."""
+        try:
+            values = json.loads(Path(path).read_text())
+            return cls(**{name: value for name, value in values.items() if name != "fingerprint"})
+        except (TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} holds no Config ({error}). Delete it, or write it anew with Config.save.") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -855,17 +1251,19 @@ class Run:
 
     def model(self) -> nn.Module:
         """The network with the weights of the best epoch (least validation loss), ready to predict."""
-        model = MODELS[self.config.model]().to(DEVICE, memory_format=torch.channels_last)
-        model.load_state_dict(torch.load(self.folder / "best.pt", map_location=DEVICE, weights_only=True))
-        return model.eval()
+        return load_model(self.folder)
 
 
-_open_zip = functools.lru_cache(maxsize=2)(ZipDataset)
+@functools.lru_cache(maxsize=2)
+def _open_zip(path: Path, size: int, depth_near: str, subset: int) -> ZipDataset:
+    ds = ZipDataset(path, size, depth_near=depth_near)
+    return ds.subset(min(subset, len(ds))) if subset else ds
 
 
-def open_zip(path: str | Path, size: int = 64, depth_near: str = "dark") -> ZipDataset:
-    """The data set, opened once, so that the runs of one notebook share the pictures that are decoded already."""
-    return _open_zip(Path(path), size, None, depth_near)
+def open_zip(path: str | Path, size: int = 64, depth_near: str = "dark", subset: int = 0) -> ZipDataset:
+    """The data set, or at most `subset` samples of it, opened once, so that the runs of one notebook share the pictures that
+    are decoded already."""
+    return _open_zip(Path(path), size, depth_near, subset)
 
 
 def compute_dtype(precision: str = "auto") -> torch.dtype:
@@ -888,6 +1286,17 @@ def mirror(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Augmentation: each sample as it is or, for every other on average, all its four pictures mirrored left to right."""
     flip = torch.rand(len(batch["bg"]), device=batch["bg"].device)[:, None, None, None] < 0.5
     return {kind: torch.where(flip, pictures.flip(3), pictures) for kind, pictures in batch.items()}
+
+
+_jitter = ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)
+
+
+def colour(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Augmentation: brightness, contrast and saturation of each sample changed by up to a fifth, its hue by up to a twentieth
+    of the circle, in the same way for bg and fg_bg: laid side by side, the two are one picture."""
+    pairs = torch.cat([batch["bg"], batch["fg_bg"]], 3)
+    bg, fg_bg = torch.stack([_jitter(pair) for pair in pairs]).chunk(2, 3)
+    return batch | {"bg": bg, "fg_bg": fg_bg}
 
 
 @torch.no_grad()
@@ -931,26 +1340,27 @@ def parts_of(config: Config, ds: ZipDataset) -> dict[str, np.ndarray]:
     return parts
 
 
-def run(config: Config, stop_after: int | None = None) -> Run:
+def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> Run:
     """Trains, or goes on, or reads: whatever is left to do for this Config.
 
     The run lives in the folder `<workspace>/<name>/`. Where it is not there, it is started; cut off, it goes on after the
     last whole epoch, on a CPU to the same result as if it never had been, on a GPU up to rounding; finished, it is read and
     nothing is trained.
     In it: `config.json`; `metrics.csv`, a row an epoch; `timing.csv`, the seconds, apart because no two runs share them;
-    `checkpoint.pt`, all that is needed to go on; `best.pt`, the weights of the least validation loss; `results.json`, the
-    metrics of those weights on all but the training samples, once finished; and `images/epoch_NNN/`, for four training and four
-    test samples the inputs, the truth and the predictions.
+    `checkpoint.pt`, all that is needed to go on; `best.pt`, the weights of the least validation
+    loss; `results.json`, the metrics of those weights on all but the training samples, once finished; and
+    `images/epoch_NNN/`, for four training and four test samples the inputs, the truth and the predictions.
 
     Args:
         config: what to do.
         stop_after: leave off after this many epochs, as if cut off there.
+        quiet: no line for each epoch, and no progress bar.
 
     Raises:
         ValueError: the folder holds a run of another Config or other data (the differences are named); the network cannot
             take the size; a loss is not finite, with the epoch.
     """
-    ds = open_zip(data_zip(config.data), config.size, config.depth_near)
+    ds = open_zip(data_zip(config.data), config.size, config.depth_near, config.subset)
     parts = parts_of(config, ds)
     folder = workspace() / config.name
     settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint}
@@ -962,7 +1372,8 @@ def run(config: Config, stop_after: int | None = None) -> Run:
             changes = ", ".join(f"{key} was {theirs[key]!r} and is {settings[key]!r}" for key in keys)
             raise ValueError(f"The run {config.name!r} exists, but {changes}. Take another name, or delete its folder.")
     if (folder / "results.json").exists():
-        print(f"{config.name}: finished before, read from its folder")
+        if not quiet:
+            print(f"{config.name}: finished before, read from its folder")
         return read_run(folder)
 
     with torch.random.fork_rng(range(torch.cuda.device_count())):
@@ -972,31 +1383,41 @@ def run(config: Config, stop_after: int | None = None) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / "config.json", settings)
         steps = -(-len(parts["train"]) // config.batch_size) * config.epochs
-        optimizer = OPTIMIZERS[config.optimizer](model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        loss = task_loss(config.mask_loss, config.depth_loss, config.depth_weight).to(DEVICE)
+        groups = [{"params": list(part.parameters())} for part in (model, loss)]
+        groups[1]["weight_decay"] = 0.0
+        optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.lr, weight_decay=config.weight_decay)
         schedule = SCHEDULES[config.schedule](optimizer, config.lr, steps)
         scaler = torch.amp.GradScaler(DEVICE.type, enabled=compute_dtype(config.precision) == torch.float16)
-        keep = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-        loss, watched = task_loss(config.mask_loss, config.depth_loss, config.depth_weight), _watched(parts)
+        keep = {"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+        # Learned weights change from epoch to epoch; epochs are compared by weights that do not.
+        fixed_weight = 1.0 if config.depth_weight == "learned" else config.depth_weight
+        valid_loss, watched = task_loss(config.mask_loss, config.depth_loss, fixed_weight), _watched(parts)
         history, seconds = [], []
         if (folder / "checkpoint.pt").exists():
             checkpoint = torch.load(folder / "checkpoint.pt", map_location=DEVICE, weights_only=True)
             for name, part in keep.items():
-                if checkpoint[name]:  # a scaler that was off, as in float32, has no state
+                if checkpoint[name]:  # a scaler that is off has no state, nor has a loss with fixed weights
                     part.load_state_dict(checkpoint[name])
             history, seconds = checkpoint["history"], checkpoint["seconds"]
-            print(f"{config.name}: goes on after epoch {len(history)}")
+            if not quiet:
+                print(f"{config.name}: goes on after epoch {len(history)}")
 
         for epoch in range(len(history) + 1, (config.epochs if stop_after is None else min(stop_after, config.epochs)) + 1):
             started = time.perf_counter()
-            train_loss = _train_epoch(config, ds, parts["train"], epoch, loss, keep)
+            train_loss = _train_epoch(config, ds, parts["train"], epoch, keep, quiet)
             seconds.append(time.perf_counter() - started)
-            valid = _means(evaluate(model, ds, parts["valid"], loss, config.precision))
+            valid = _means(evaluate(model, ds, parts["valid"], valid_loss, config.precision))
             for value in (train_loss, valid["loss"]):
                 if not np.isfinite(value):
                     stands = f"The run stands as after epoch {epoch - 1}; try a smaller lr."
                     raise ValueError(f"The loss of epoch {epoch} is {value}. {stands}")
             history.append({"epoch": epoch, "lr": schedule.get_last_lr()[0], "train_loss": train_loss})
             history[-1] |= {f"valid_{name}": value for name, value in valid.items()}
+            if config.depth_weight == "learned":
+                history[-1]["depth_weight"] = (loss.log_variances[0] - loss.log_variances[1]).exp().item()
+            if config.schedule == "plateau":
+                schedule.step(valid["loss"])
 
             _save_images(folder / "images" / f"epoch_{epoch:03}", model, ds, watched, config.precision)
             if valid["loss"] <= min(row["valid_loss"] for row in history):
@@ -1004,10 +1425,10 @@ def run(config: Config, stop_after: int | None = None) -> Run:
             states = {name: part.state_dict() for name, part in keep.items()}
             _save(folder / "checkpoint.pt", states | {"history": history, "seconds": seconds})
             _write_tables(folder, history, seconds)
-            print(
-                f"{config.name}  epoch {epoch}/{config.epochs}  loss {train_loss:.3f}  valid: loss {valid['loss']:.3f}  "
-                f"IoU {valid['iou']:.3f}  RMSE {valid['rmse']:.3f}  ({len(parts['train']) / seconds[-1]:.0f} images/s)"
-            )
+            if not quiet:
+                means = f"loss {valid['loss']:.3f}  IoU {valid['iou']:.3f}  RMSE {valid['rmse']:.3f}"
+                speed = f"({len(parts['train']) / seconds[-1]:.0f} images/s)"
+                print(f"{config.name}  epoch {epoch}/{config.epochs}  loss {train_loss:.3f}  valid: {means}  {speed}")
 
         _write_tables(folder, history, seconds)  # a run that was cut off between checkpoint and tables lacks a row
         if len(history) == config.epochs:
@@ -1016,16 +1437,30 @@ def run(config: Config, stop_after: int | None = None) -> Run:
     return read_run(folder)
 
 
+def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
+    """`run` for lists of Configs, such as one for each seed, with one progress bar over them all. Their checkpoints are
+    deleted once they are finished: with those of a long list a Drive is full."""
+    todo = sum(map(len, configs.values()))
+    with tqdm(total=todo, unit=" runs", leave=False, file=sys.stdout) as bar:
+
+        def quietly(config: Config) -> Run:
+            bar.set_postfix_str(config.name)
+            done = run(config, quiet=True)
+            (done.folder / "checkpoint.pt").unlink(missing_ok=True)
+            bar.update()
+            return done
+
+        return {label: list(map(quietly, several)) for label, several in configs.items()}
+
+
 def read_run(folder: str | Path) -> Run:
     """The run in this folder, as far as it has come. Raises FileNotFoundError where there is none."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no run (no config.json).")
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("fingerprint")
     results = folder / "results.json"
     return Run(
-        config=Config(**config),
+        config=Config.load(folder / "config.json"),
         folder=folder,
         history=_read_table(folder / "metrics.csv"),
         seconds=[row["seconds"] for row in _read_table(folder / "timing.csv")],
@@ -1040,30 +1475,34 @@ def _read_table(path: Path) -> list[dict[str, float]]:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-def _train_epoch(
-    config: Config, ds: ZipDataset, indices: np.ndarray, epoch: int, loss_of: Callable[..., Tensor], keep: dict
-) -> float:
+def _train_epoch(config: Config, ds: ZipDataset, indices: np.ndarray, epoch: int, keep: dict, quiet: bool) -> float:
     """One pass over the samples; gives the mean loss. Everything random in it depends on seed and epoch alone, which makes
     going on after an interruption exact."""
-    model, optimizer, schedule, scaler = (keep[name] for name in ("model", "optimizer", "schedule", "scaler"))
+    model, loss_of, optimizer, schedule, scaler = keep.values()
     model.train()
     torch.manual_seed(config.seed * 1_000_003 + epoch)
     order = indices[torch.randperm(len(indices)).numpy()]
     total = torch.zeros((), device=DEVICE)  # summed on the device: reading each value would wait for the GPU
     about = f"epoch {epoch}/{config.epochs}"
-    with tqdm(total=len(order), desc=about, unit=" images", leave=False, file=sys.stdout) as bar:
+    with tqdm(total=len(order), desc=about, unit=" images", leave=False, file=sys.stdout, disable=quiet or None) as bar:
         for start in range(0, len(order), config.batch_size):
             batch = to_float(ds.batch(order[start : start + config.batch_size]), DEVICE)
-            if config.augment == "mirror":
+            if "mirror" in config.augment:
                 batch = mirror(batch)
+            if "colour" in config.augment:
+                batch = colour(batch)
             with autocast(config.precision):
                 mask_logits, depth = model(batch["bg"], batch["fg_bg"])
             loss = loss_of(mask_logits, depth, batch["mask"], batch["depth"])
             optimizer.zero_grad()
             scaler.scale(loss).backward()
+            if config.clip_norm:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             scaler.step(optimizer)
             scaler.update()
-            schedule.step()
+            if config.schedule != "plateau":
+                schedule.step()
             total += loss.detach() * len(batch["bg"])
             bar.update(len(batch["bg"]))
     return total.item() / len(order)
@@ -1090,9 +1529,109 @@ def _write_tables(folder: Path, history: list[dict[str, float]], seconds: list[f
 
 def _watched(parts: dict[str, np.ndarray], each: int = 4) -> dict[str, np.ndarray]:
     """The samples whose pictures are kept: the same few of the training and of the hardest test part, in every epoch."""
-    test = next(part for part in ("test_new_both", "test", "test_seen", "valid") if len(parts.get(part, ())))
+    test = hardest_part([part for part, indices in parts.items() if len(indices)])
     watched = {"train": parts["train"], test: parts[test]}
     return {part: indices[np.linspace(0, len(indices) - 1, each).astype(int)] for part, indices in watched.items()}
+
+
+# ---------- Prediction: any two photos ---------------------------------------------------------------------------------
+
+
+def load_model(weights: str | Path) -> nn.Module:
+    """A trained network, ready to predict, with the size in pixels at which it was trained as its attribute `size`.
+
+    Args:
+        weights: the folder of a run, its best.pt, or any file with the state dict of a network in MODELS. Which network it is
+            and its size stand in the config.json beside it; without one, the names and shapes of its tensors tell, and
+            the size is 192.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no weights, or those of another network.
+    """
+    path = Path(weights)
+    path = path / "best.pt" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file. Give the folder of a run, or a file of weights.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no file of weights alone, as torch.save(model.state_dict()) writes them.") from error
+    beside = path.with_name("config.json")
+    config = Config.load(beside) if beside.exists() else None
+    for make in [MODELS[config.model]] if config else MODELS.values():
+        with torch.device("meta"):  # shapes without numbers
+            model = make()
+        if shapes == {name: tensor.shape for name, tensor in model.state_dict().items()}:
+            break
+    else:
+        raise ValueError(f"{path} holds the weights of another network than {config.model if config else ', '.join(MODELS)}.")
+    model = make().to(DEVICE, memory_format=torch.channels_last)
+    model.load_state_dict(state)
+    model.size = config.size if config else 192
+    return model.eval()
+
+
+@torch.no_grad()
+def predict(model: nn.Module, bg: Tensor, fg_bg: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
+    """The mask, 0 or 1, and the depth, in [0, 1], of pictures of any size: two tensors (N, 1, H, W) as large as `fg_bg`.
+
+    Args:
+        model: a network, of `load_model` for instance.
+        bg, fg_bg: float tensors (N, 3, H, W) in [0, 1]. The two may differ in size.
+        size: the network sees them at size x size pixels; by default at its `size`, or else at 192.
+    """
+    model.eval()
+    size = size or getattr(model, "size", 192)
+    small = [resize(pictures.to(DEVICE), [size, size], antialias=True) for pictures in (bg, fg_bg)]
+    mask_logits, depth = model(*small)
+    enlarge = functools.partial(F.interpolate, size=fg_bg.shape[2:], mode="bilinear", antialias=True)
+    return (enlarge(mask_logits) > 0).float(), enlarge(depth).clamp(0, 1)
+
+
+class Prediction(NamedTuple):
+    """What `predict_images` gives: the files that it wrote, and a figure of it all."""
+
+    mask_file: Path
+    depth_file: Path
+    figure: plt.Figure
+
+
+def predict_images(weights: str | Path, bg: str | Path, image: str | Path, folder: str | Path | None = None) -> Prediction:
+    """From two photos, of a background and of the same place with an object, the object's mask and the scene's depth.
+
+    Writes `<image>_mask.png` and `<image>_depth.png`, grey, of the image's size, where 255 is the object and the far end,
+    into the folder, by default the image's. The photos may be of any size and format, but of one shape.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: a file is no picture or no weights; the photos differ in shape.
+    """
+    model, image = load_model(weights), Path(image)
+    photos = [_open_photo(Path(path)) for path in (bg, image)]
+    (width, height), (bg_width, bg_height) = (photo.size for photo in reversed(photos))
+    if abs(bg_width * height / (bg_height * width) - 1) > 0.02:
+        shapes = f"{bg} has {bg_width} x {bg_height} pixels and {image} {width} x {height}"
+        raise ValueError(f"{shapes}: not the same view. Take both photos from one place, and cut them alike.")
+    mask, depth = predict(model, *(pil_to_tensor(photo)[None].float() / 255 for photo in photos))
+    folder = image.parent if folder is None else Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{image.stem}_{kind}.png" for kind in ("mask", "depth")]
+    for picture, file in zip((mask, depth), files, strict=True):
+        to_pil_image((picture[0].cpu() * 255).round().byte()).save(file)
+    pictures = {"bg": photos[0], "fg_bg": photos[1], "mask": mask[0].cpu(), "depth": depth[0].cpu()}
+    return Prediction(*files, _show_four(pictures))
+
+
+def _open_photo(path: Path) -> Image.Image:
+    """The photo in RGB, the way up that its camera noted."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file. Give the path of a photo.")
+    try:
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a picture ({error}).") from error
 
 
 # ---------- Pictures --------------------------------------------------------------------------------------------------
@@ -1115,7 +1654,12 @@ TITLES = {
     "dice": "mask Dice",
     "pixel_accuracy": "pixel accuracy",
     "rmse": "depth RMSE",
+    "mae": "depth MAE",
+    "abs_rel": "depth abs rel",
+    "log10": "depth log10",
     "delta1": "depth δ < 1.25",
+    "delta2": "depth δ < 1.25²",
+    "delta3": "depth δ < 1.25³",
     "ssim": "depth SSIM",
     "test_seen": "seen",
     "test_new_bg": "new background",
@@ -1167,6 +1711,18 @@ def show_samples(ds: ZipDataset, indices: Sequence[int]) -> plt.Figure:
     return figure
 
 
+def _show_four(pictures: dict[str, Image.Image | Tensor]) -> plt.Figure:
+    """The four kinds of one sample beside each other, in the shape that they have."""
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained", dpi=90)
+    for axis, (kind, picture) in zip(axes, pictures.items(), strict=True):
+        picture = pil_to_tensor(picture) if isinstance(picture, Image.Image) else picture
+        drawn = _draw(axis, kind, picture)
+        axis.set_title(TITLES.get(kind, kind), fontsize=9)
+        axis.axis("off")
+    figure.colorbar(drawn, ax=axes[-1], label="near → far", fraction=0.05, pad=0.02)
+    return figure
+
+
 def show_predictions(model: nn.Module, ds: ZipDataset, indices: Sequence[int], precision: str = "auto") -> plt.Figure:
     """A row a sample: the two inputs; mask, prediction and where they differ; depth, prediction and the absolute error."""
     batch = _predict_batch(model, ds, indices, precision)
@@ -1182,31 +1738,46 @@ def show_predictions(model: nn.Module, ds: ZipDataset, indices: Sequence[int], p
     return figure
 
 
-def compare_predictions(models: dict[str, nn.Module], ds: ZipDataset, indices: Sequence[int]) -> plt.Figure:
-    """Two rows a sample, mask and depth: the picture, the truth, and the prediction of each network in a column of its own."""
+def compare_predictions(
+    models: dict[str, nn.Module], ds: ZipDataset, indices: Sequence[int], kinds: Sequence[str] = ("mask", "depth")
+) -> plt.Figure:
+    """A row a sample and kind: the picture, the truth, and the prediction of each network in a column of its own."""
     batches = [_predict_batch(model, ds, indices) for model in models.values()]
-    figure, axes = _grid(2 * len(indices), 2 + len(models), ("input", "truth", *models))
-    for i in range(len(indices)):
-        rows = ((axes[2 * i], "fg_bg", "mask", "iou", "IoU"), (axes[2 * i + 1], "bg", "depth", "rmse", "RMSE"))
-        for row, photo, kind, metric, title in rows:
-            _draw(row[0], photo, batches[0][photo][i])
-            drawn = _draw(row[1], kind, batches[0][kind][i])
-            for axis, batch in zip(row[2:], batches, strict=True):
-                _draw(axis, kind, batch[f"{kind}_predicted"][i])
-                axis.set_xlabel(f"{title} {batch[metric][i]:.3f}", fontsize=8)
-    figure.colorbar(drawn, ax=axes, label="depth: near → far", location="bottom", fraction=0.03, pad=0.01, aspect=50)
+    figure, axes = _grid(len(kinds) * len(indices), 2 + len(models), ("input", "truth", *models))
+    for row, (i, kind) in zip(axes, itertools.product(range(len(indices)), kinds), strict=True):
+        photo, metric, title = ("fg_bg", "iou", "IoU") if kind == "mask" else ("bg", "rmse", "RMSE")
+        _draw(row[0], "fg_bg" if len(kinds) == 1 else photo, batches[0]["fg_bg" if len(kinds) == 1 else photo][i])
+        drawn = _draw(row[1], kind, batches[0][kind][i])
+        for axis, batch in zip(row[2:], batches, strict=True):
+            _draw(axis, kind, batch[f"{kind}_predicted"][i])
+            axis.set_xlabel(f"{title} {batch[metric][i]:.3f}", fontsize=8)
+    if "depth" in kinds:
+        figure.colorbar(drawn, ax=axes, label="depth: near → far", location="bottom", fraction=0.03, pad=0.01, aspect=50)
     return figure
 
 
-def plot_history(runs: dict[str, Run], metrics: Sequence[str] = ("loss", "iou", "rmse")) -> plt.Figure:
-    """A panel a metric, a curve a run, over the epochs, on the validation samples; dashed: the loss in training."""
+def _several(one: object) -> list:
+    """The runs, or results, of several seeds as they are, and a single one as a list."""
+    return list(one) if isinstance(one, (list, tuple)) else [one]
+
+
+def plot_history(runs: dict[str, Run | Sequence[Run]], metrics: Sequence[str] = ("loss", "iou", "rmse")) -> plt.Figure:
+    """A panel a metric, a curve a run, over the epochs, on the validation samples; dashed: the loss in training. Of several
+    seeds the curve is the mean, with a band from the least to the greatest."""
     figure, axes = plt.subplots(1, len(metrics), figsize=(4 * len(metrics), 3), layout="constrained", dpi=90)
+    colours = plt.get_cmap("tab10" if len(runs) <= 10 else "tab20").colors
     for metric, axis in zip(metrics, np.atleast_1d(axes), strict=True):
-        for label, one in runs.items():
-            epochs = [row["epoch"] for row in one.history]
-            (line,) = axis.plot(epochs, [row[f"valid_{metric}"] for row in one.history], marker=".", label=label)
+        for (label, seeds), colour in zip(runs.items(), itertools.cycle(colours)):
+            values = {
+                key: np.array([[row[key] for row in one.history] for one in _several(seeds)])
+                for key in (f"valid_{metric}", "train_loss")
+            }
+            valid = values[f"valid_{metric}"]
+            epochs = np.arange(1, valid.shape[1] + 1)
+            axis.plot(epochs, valid.mean(0), marker=".", label=label, color=colour)
+            axis.fill_between(epochs, valid.min(0), valid.max(0), color=colour, alpha=0.12, linewidth=0)
             if metric == "loss":
-                axis.plot(epochs, [row["train_loss"] for row in one.history], "--", color=line.get_color(), alpha=0.6)
+                axis.plot(epochs, values["train_loss"].mean(0), "--", color=colour, alpha=0.6)
         axis.set(title=TITLES.get(metric, metric), xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
@@ -1215,16 +1786,22 @@ def plot_history(runs: dict[str, Run], metrics: Sequence[str] = ("loss", "iou", 
     return figure
 
 
-def compare_runs(results: dict[str, Results], metrics: Sequence[str] = ("iou", "rmse", "delta1")) -> plt.Figure:
-    """A panel a metric, a line a run, a dot for each test part; `results` holds `Run.results` or what `score` gives."""
+def compare_runs(
+    results: dict[str, Results | Sequence[Results]], metrics: Sequence[str] = ("iou", "rmse", "delta1")
+) -> plt.Figure:
+    """A panel a metric, a line a run, a dot for each test part; `results` holds `Run.results` or what `score` gives, or a
+    list of them, one a seed: then the dot is the mean, on a bar from the least to the greatest."""
     size = (4 * len(metrics), 1.2 + 0.35 * len(results))
     figure, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, layout="constrained", dpi=90)
     for metric, axis in zip(metrics, np.atleast_1d(axes), strict=True):
-        for cell in PART_COLOURS:
-            points = [(parts[cell][metric], y) for y, parts in enumerate(results.values()) if cell in parts]
+        for cell, colour in PART_COLOURS.items():
+            of = [[one[cell][metric] for one in _several(seeds) if cell in one] for seeds in results.values()]
+            points = [(np.mean(values), row) for row, values in enumerate(of) if values]
             if points:
-                colour = PART_COLOURS[cell]
                 axis.scatter(*zip(*points, strict=True), color=colour, label=TITLES.get(cell, cell), s=30, zorder=3)
+            for row, values in enumerate(of):
+                if len(values) > 1:
+                    axis.hlines(row, min(values), max(values), color=colour, alpha=0.5)
         better = "lower" if metric in LOWER_IS_BETTER else "higher"
         axis.set_title(f"{TITLES.get(metric, metric)} ({better} is better)", fontsize=9)
         axis.set_yticks(range(len(results)), results)
@@ -1234,25 +1811,39 @@ def compare_runs(results: dict[str, Results], metrics: Sequence[str] = ("iou", "
     return figure
 
 
+# Where scripts run (Jupyter and Colab, not GitHub), a click on a column's head sorts the rows by it.
+_SORT = """<script>
+function sortByColumn(head) {
+  const table = head.closest("table"), column = head.cellIndex, down = head.dataset.down = head.dataset.down == "1" ? "" : "1";
+  const value = row => parseFloat(row.cells[column].textContent);
+  [...table.rows].filter(row => row.cells[0].tagName == "TD").sort((a, b) => (down ? -1 : 1) * (value(a) - value(b)))
+    .forEach(row => row.parentNode.appendChild(row));
+}
+</script>"""
+
+
 def results_table(
-    results: dict[str, Results],
+    results: dict[str, Results | Sequence[Results]],
     metrics: Sequence[str] = ("iou", "rmse", "delta1"),
     cells: Sequence[str] = tuple(PART_COLOURS),
 ) -> HTML:
-    """A table for a notebook: a row a run, a column for each test part and metric, the best value of a column bold.
-    `results` is as in `compare_runs`."""
-    cells = [cell for cell in cells if any(cell in parts for parts in results.values())]
+    """A table for a notebook: a row a run, a column for each test part and metric, the best value of a column bold; a click
+    on a column's head sorts by it. `results` is as in `compare_runs`; of several seeds it shows the mean ± the standard
+    deviation."""
+    results = {label: _several(seeds) for label, seeds in results.items()}
+    cells = [cell for cell in cells if any(cell in one for seeds in results.values() for one in seeds)]
     head = "".join(f'<th colspan="{len(metrics)}">{TITLES.get(cell, cell)}</th>' for cell in cells)
-    rows = [f"<th></th>{head}", "<th></th>" + len(cells) * "".join(f"<th>{TITLES.get(m, m)}</th>" for m in metrics)]
+    names = "".join(f'<th onclick="sortByColumn(this)">{html.escape(TITLES.get(m, m))}</th>' for m in metrics)
+    rows = [f"<th></th>{head}", "<th></th>" + len(cells) * names]
     rows += [f"<td>{html.escape(label)}</td>" for label in results]
-    for cell in cells:
-        for metric in metrics:
-            column = [parts[cell][metric] if cell in parts else None for parts in results.values()]
-            best = (min if metric in LOWER_IS_BETTER else max)(value for value in column if value is not None)
-            for i, value in enumerate(column, start=2):
-                text = "–" if value is None else f"<b>{value:.3f}</b>" if value == best else f"{value:.3f}"
-                rows[i] += f"<td>{text}</td>"
-    return HTML("<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>")
+    for cell, metric in itertools.product(cells, metrics):
+        column = [[one[cell][metric] for one in seeds if cell in one] for seeds in results.values()]
+        best = (min if metric in LOWER_IS_BETTER else max)(np.mean(values) for values in column if values)
+        for i, values in enumerate(column, start=2):
+            text = f"{np.mean(values):.3f}" if values else "–"
+            text = f"<b>{text}</b>" if values and np.mean(values) == best else text
+            rows[i] += f"<td>{text}{f' ± {np.std(values, ddof=1):.3f}' if len(values) > 1 else ''}</td>"
+    return HTML(_SORT + "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>")
 
 
 def _save_images(folder: Path, model: nn.Module, ds: ZipDataset, watched: dict[str, np.ndarray], precision: str) -> None:

@@ -166,7 +166,8 @@ class Cells(HTMLParser):
         self.bold = self.bold and tag != "b"
 
     def handle_data(self, data):
-        self.rows[-1][-1] = (self.rows[-1][-1][0] + data, self.bold)
+        if self.rows:  # a script stands before
+            self.rows[-1][-1] = (self.rows[-1][-1][0] + data, self.bold)
 
 
 def test_results_table_prints_the_best_of_a_column_bold(results):
@@ -182,6 +183,33 @@ def test_results_table_prints_the_best_of_a_column_bold(results):
 def test_results_table_can_be_cut_to_some_parts(results):
     rows = Cells(helpers.results_table(results, metrics=("rmse",), cells=("test_new_both",)).data).rows
     assert [len(row) for row in rows] == [2] * 5
+
+
+def test_of_several_seeds_the_table_prints_mean_and_standard_deviation():
+    seeds = [{"test_seen": {"iou": value}} for value in (0.5, 0.6, 0.7)]
+    rows = Cells(helpers.results_table({"three": seeds, "one": seeds[0], "none": []}, metrics=("iou",)).data).rows
+    assert rows[2:] == [[("three", False), ("0.600 ± 0.100", False)], [("one", False), ("0.500", False)], [("none", False), ("–", False)]]
+
+
+def test_of_several_seeds_the_dot_is_the_mean_on_a_bar_from_least_to_greatest():
+    seeds = [{"test_seen": {"iou": value}} for value in (0.5, 0.6, 0.9)]
+    dot, bar = helpers.compare_runs({"three": seeds}, metrics=("iou",)).axes[0].collections
+    assert dot.get_offsets().tolist() == pytest.approx(np.array([[2 / 3, 0]]))
+    assert bar.get_segments()[0].tolist() == [[0.5, 0], [0.9, 0]]
+
+
+def test_of_several_seeds_the_curve_is_the_mean():
+    runs = {"both": [a_run([3, 1]), a_run([1, 3])], "one": a_run([5, 4])}
+    lines = helpers.plot_history(runs, metrics=("loss",)).axes[0].get_lines()
+    assert [line.get_ydata().tolist() for line in lines[::2]] == [[2, 2], [5, 4]]
+
+
+def test_compare_predictions_can_be_cut_to_masks(ds, baseline):
+    pictures = shown(helpers.compare_predictions({"a": baseline}, ds, [0, 5], kinds=("mask",)))
+    assert len(pictures) == 2 * 3
+    for i, (photo, truth) in zip((0, 5), (pictures[0:2], pictures[3:5]), strict=True):
+        np.testing.assert_allclose(photo, array(ds[i]["fg_bg"]), atol=1e-6)
+        np.testing.assert_array_equal(truth, array(ds[i]["mask"]))
 
 
 def test_of_each_metric_it_is_known_which_value_is_better():
