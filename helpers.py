@@ -1291,7 +1291,7 @@ def mirror(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 _jitter = ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)
 
 
-def colour(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def jitter_colours(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Augmentation: brightness, contrast and saturation of each sample changed by up to a fifth, its hue by up to a twentieth
     of the circle, in the same way for bg and fg_bg: laid side by side, the two are one picture."""
     pairs = torch.cat([batch["bg"], batch["fg_bg"]], 3)
@@ -1490,7 +1490,7 @@ def _train_epoch(config: Config, ds: ZipDataset, indices: np.ndarray, epoch: int
             if "mirror" in config.augment:
                 batch = mirror(batch)
             if "colour" in config.augment:
-                batch = colour(batch)
+                batch = jitter_colours(batch)
             with autocast(config.precision):
                 mask_logits, depth = model(batch["bg"], batch["fg_bg"])
             loss = loss_of(mask_logits, depth, batch["mask"], batch["depth"])
@@ -1609,7 +1609,7 @@ def predict_images(weights: str | Path, bg: str | Path, image: str | Path, folde
         ValueError: a file is no picture or no weights; the photos differ in shape.
     """
     model, image = load_model(weights), Path(image)
-    photos = [_open_photo(Path(path)) for path in (bg, image)]
+    photos = [open_photo(path) for path in (bg, image)]
     (width, height), (bg_width, bg_height) = (photo.size for photo in reversed(photos))
     if abs(bg_width * height / (bg_height * width) - 1) > 0.02:
         shapes = f"{bg} has {bg_width} x {bg_height} pixels and {image} {width} x {height}"
@@ -1624,14 +1624,20 @@ def predict_images(weights: str | Path, bg: str | Path, image: str | Path, folde
     return Prediction(*files, _show_four(pictures))
 
 
-def _open_photo(path: Path) -> Image.Image:
-    """The photo in RGB, the way up that its camera noted."""
-    if not path.exists():
+def open_photo(path: str | Path, mode: str = "RGB") -> Image.Image:
+    """A photo of a file, the way up that its camera noted; `mode` "RGBA" keeps what is transparent.
+
+    Raises FileNotFoundError where nothing is there, and ValueError for what is no picture or has more than 8 bits a channel.
+    """
+    if not Path(path).exists():
         raise FileNotFoundError(f"{path}: there is no such file. Give the path of a photo.")
     try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as a picture ({error}).") from error
+        with Image.open(path) as photo:
+            if photo.mode.startswith(("I", "F")):
+                raise ValueError("it has more than 8 bits a channel")
+            return ImageOps.exif_transpose(photo).convert(mode)
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise ValueError(f"{path} cannot be read as a picture ({error}). Save it anew as JPEG or PNG, or remove it.") from error
 
 
 # ---------- Pictures --------------------------------------------------------------------------------------------------
