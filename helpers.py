@@ -17,7 +17,6 @@ import io
 import itertools
 import json
 import os
-import pickle
 import platform
 import re
 import shutil
@@ -223,7 +222,9 @@ class ZipDataset(torch.utils.data.Dataset):
         self._map()
         self.layout = layout or _recognise_layout(self.path, names)
         if "table" in LAYOUTS[self.layout]:
-            table = next(i for i, name in enumerate(names) if _pattern(self.layout, "table").fullmatch(name))
+            table = next((i for i, name in enumerate(names) if _pattern(self.layout, "table").fullmatch(name)), None)
+            if table is None:
+                raise ValueError(f"{self.path} holds no label_data.csv, which the layout {self.layout} needs.")
             rows, self.bg_id, self.fg_id = _match_table(f"{self.path}: {names[table]}", names, self._read(table))
         else:
             rows, self.bg_id, self.fg_id = _match_names(self.path, names, self.layout)
@@ -362,7 +363,7 @@ def _read_directory(path: Path) -> tuple[list[Path], list[str], np.ndarray]:
     files' names; and where each lies, which zip (-1: none) and the offset, size, method and checksum in it."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder.")
-    archives = sorted(path.glob("*.zip")) if path.is_dir() else [path]
+    archives = sorted(path.glob("[!.]*.zip")) if path.is_dir() else [path]
     names, places = [], []
     for number, archive in enumerate(archives):
         try:
@@ -380,8 +381,8 @@ def _read_directory(path: Path) -> tuple[list[Path], list[str], np.ndarray]:
         found = sorted(file for file in path.rglob("*") if file.is_file())
         names = [file.relative_to(path).as_posix() for file in found]
         # In place of a checksum, for which all files would have to be read, the size tells whether the data have changed.
-        places = [(-1, 0, size, -1, size) for size in (file.stat().st_size for file in found)]
-    litter = re.compile(r"(^|/)(__MACOSX/|\._|\.DS_Store$|Thumbs\.db$)")
+        places = [(-1, 0, size, -1, size % 2**32) for size in (file.stat().st_size for file in found)]
+    litter = re.compile(r"(^|/)(__MACOSX/|\.[^/]|Thumbs\.db$|desktop\.ini$)")
     kept = [i for i, name in enumerate(names) if not litter.search(name)]
     if not kept:
         raise ValueError(f"{path} holds no files. A data set has pictures of four kinds: bg, fg_bg, mask and depth.")
@@ -457,8 +458,14 @@ def _match_table(where: str, names: Sequence[str], table: bytes) -> tuple[np.nda
     def tail(name: str) -> str:
         return "/".join(name.strip().replace("\\", "/").split("/")[-2:]).lower()
 
-    files, rows = {tail(name): i for i, name in enumerate(names)}, []
-    for number, line in enumerate(csv.reader(io.StringIO(table.decode("utf-8-sig", "replace")), delimiter=";"), start=1):
+    files, rows = collections.defaultdict(list), []
+    for i, name in enumerate(names):
+        files[tail(name)].append(i)
+    try:
+        lines = list(csv.reader(io.StringIO(table.decode("utf-8-sig", "replace")), delimiter=";"))
+    except csv.Error as error:
+        raise ValueError(f"{where} cannot be read as a table ({error}).") from error
+    for number, line in enumerate(lines, start=1):
         if not line:
             continue
         if len(line) != len(KINDS):
@@ -466,14 +473,18 @@ def _match_table(where: str, names: Sequence[str], table: bytes) -> tuple[np.nda
         missing = [name for name in line if tail(name) not in files]
         if missing:
             raise ValueError(f"{where}, line {number}: {missing[0]} is not in the data set.")
-        rows.append([files[tail(name)] for name in line])
+        double = next((files[tail(name)] for name in line if len(files[tail(name)]) > 1), None)
+        if double:
+            both = f"{names[double[0]]} and {names[double[1]]}"
+            raise ValueError(f"{where}, line {number}: {both} both claim to be one picture. Remove one.")
+        rows.append([files[tail(name)][0] for name in line])
     if not rows:
         raise ValueError(f"{where} has no lines; expected one a sample.")
     if len({row[1] for row in rows}) < len(rows):
         twice = collections.Counter(row[1] for row in rows).most_common(1)[0][0]
         raise ValueError(f"{where}: {names[twice]} stands in more than one line; a sample has one background, mask and depth.")
     # As in the other layouts, in the order of the numbers in the names.
-    rows.sort(key=lambda row: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", names[row[1]])])
+    rows.sort(key=lambda row: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", tail(names[row[1]]))])
     numbers = [re.search(r"(\d+)\D*$", Path(names[row[0]]).stem) for row in rows]
     if None in numbers:
         raise ValueError(f"{where}: {names[rows[numbers.index(None)][0]]} has no number in its name, by which backgrounds go.")
@@ -1556,7 +1567,7 @@ def load_model(weights: str | Path) -> nn.Module:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         shapes = {name: tensor.shape for name, tensor in state.items()}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError) as error:
+    except Exception as error:  # of junk torch.load raises many kinds
         raise ValueError(f"{path} is no file of weights alone, as torch.save(model.state_dict()) writes them.") from error
     beside = path.with_name("config.json")
     config = Config.load(beside) if beside.exists() else None

@@ -25,7 +25,8 @@ if "WORKSPACE" not in os.environ:
     os.environ["WORKSPACE"] = tempfile.mkdtemp(prefix="mask-and-depth-")
     atexit.register(shutil.rmtree, os.environ["WORKSPACE"], ignore_errors=True)
 
-# How the published sets name a file of each kind; the extension follows.
+# How the published sets name a file of each kind; the extension follows. {b}, {f} and {n} are the numbers of background,
+# object and place; {i} counts all samples and {j} those of a background, both from 1.
 FILE_NAMES = {
     "raguram": {
         "bg": "bg_images/Image_{b}",
@@ -33,13 +34,38 @@ FILE_NAMES = {
         "mask": "fg_bg_mask/Image_{b}_{f}_{n}",
         "depth": "fg_bg_depth/Image_{b}_{f}_{n}",
     },
+    "mpaditya": {
+        "bg": "bg_192/bg192_{b:02}",
+        "fg_bg": "fg_bg/bg192_{b:02}_fg{i:04}",
+        "mask": "mask/bg192_{b:02}_fg{i:04}",
+        "depth": "fg_bg_depth_full/bg192_{b:02}_fg{i:04}",
+    },
+    "deepjyoti": {
+        "bg": "bg/bg_{b}",
+        "fg_bg": "image/fg_bg_{i}",
+        "mask": "mask/fg_bg_mask_{i}",
+        "depth": "depthmap/depth_{i}",
+    },
+    "roshantac": {
+        "bg": "bg/bg{b}",
+        "fg_bg": "fgbg/img{i}",
+        "mask": "fgbgmask/mask{i}",
+        "depth": "DepthMap/img{i}",
+    },
     "modest": {
         "bg": "bg/bg{b:03}",
         "fg_bg": "bg_fg/bg{b:03}_fg{f:03}_{n:02}",
         "mask": "bg_fg_mask/bg{b:03}_fg{f:03}_{n:02}_mask",
         "depth": "bg_fg_depth_map/bg{b:03}_fg{f:03}_{n:02}_depth_map",
     },
+    "akshat": {
+        "bg": "bg/bg_{b:03}",
+        "fg_bg": "fg_bg/bg_{b:03}/img_{j:04}",
+        "mask": "fg_bg_mask/bg_{b:03}/img_{j:04}",
+        "depth": "fg_bg_depth/bg_{b:03}/img_{j:04}",
+    },
 }
+LABELS = "label_data.csv"  # names the four files of each sample, where the layout is roshantac's
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 
@@ -51,7 +77,7 @@ def draw(b: int, f: int, n: int, size: int) -> dict[str, np.ndarray]:
     top, left = place.integers(0, size // 2, 2)
     mask = np.zeros((size, size), np.uint8)
     mask[top : top + height, left : left + width] = 255
-    depth = np.repeat(np.linspace(255, 20 + b, size).astype(np.uint8)[:, None], size, 1)
+    depth = np.repeat(np.linspace(255, 20 + b % 200, size).astype(np.uint8)[:, None], size, 1)
     depth[mask > 0] = depth[mask > 0] // 2
     return {"bg": bg, "fg_bg": bg + (mask > 0)[..., None] * np.uint8(40 + f % 32), "mask": mask, "depth": depth}
 
@@ -73,15 +99,22 @@ def make_zip(
     zip64: bool = False,
     without=(),  # names to leave out
     files=None,  # name -> bytes, besides the samples' or in their place
+    label=str,  # what the table of labels makes of a name
 ) -> list[dict]:
     """Writes a data set, its entries in random order, and gives its samples in the order in which they are promised."""
     samples = sorted(samples or itertools.product((1, 2, 3), (1, 2, 3, 4), (1, 2)))
-    content, made = {}, []
-    for b, f, n in samples:
+    content, made, labels = {}, [], []
+    for i, (b, f, n) in enumerate(samples, 1):
         pictures = draw(b, f, n, size)
-        names = {kind: name.format(b=b, f=f, n=n) for kind, name in FILE_NAMES[layout].items()}
-        content |= {prefix + names[kind] + extension: encoded(pictures[kind], extension) for kind in names}
-        made.append(pictures | {"b": b, "f": f, "n": n, "name": Path(names["fg_bg"]).name})
+        j = 1 + sum(other["b"] == b for other in made)
+        names = {kind: name.format(b=b, f=f, n=n, i=i, j=j) for kind, name in FILE_NAMES[layout].items()}
+        paths = {kind: prefix + name + extension for kind, name in names.items()}
+        content |= {path: encoded(pictures[kind], extension) for kind, path in paths.items()}
+        labels.append(";".join(f'"{label(path)}"' for path in paths.values()))
+        made.append(pictures | {"b": b, "f": f, "n": n, "name": "_".join(Path(names["fg_bg"]).parts[1:])})
+    if layout == "roshantac":
+        np.random.default_rng(1).shuffle(labels)
+        content[prefix + LABELS] = "\n".join([*labels, ""]).encode()
     content = {name: data for name, data in content.items() if name not in without} | (files or {})
     names = sorted(content)
     np.random.default_rng(0).shuffle(names)

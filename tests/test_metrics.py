@@ -94,11 +94,36 @@ def test_pixels_nearer_than_the_first_level_do_not_count_in_ratios():
     assert values["mae"] == pytest.approx((0.5 - 0.9 / 255) / 2)
 
 
+def test_the_first_level_itself_counts():
+    """Of a picture whose depth is level 1 in one half, predicted right, and level 0 in the other, predicted wrong."""
+    levels = torch.tensor([1] * 128 + [0] * 128, dtype=torch.uint8)
+    values = flat(0, [1 / 255] * 128 + [0.5] * 128, 0, to_float({"depth": levels.view(1, 1, 16, 16)})["depth"].flatten())
+    assert (values["delta1"], values["abs_rel"]) == (1, pytest.approx(0, abs=1e-6))
+
+
+def test_a_prediction_counts_as_a_thousandth_at_least():
+    values = [flat(0, depth, 0, 0.5) for depth in (0, 0.0009, 0.001)]
+    for value in values:
+        assert (value["log10"], value["abs_rel"]) == pytest.approx((math.log10(500), 0.998), rel=1e-5)
+    assert flat(0, 0.0011, 0, 0.5)["log10"] == pytest.approx(math.log10(0.5 / 0.0011), rel=1e-5)
+    assert [value["rmse"] for value in values] == pytest.approx([0.5, 0.4991, 0.499])  # over all pixels, as they are
+
+
 def test_small_depths_are_not_clamped_upwards():
     """At .02 against .04 both would be .1, and so equal, under the clamp that flatters."""
     values = flat(0, 0.02, 0, 0.04)
     assert values["delta1"] == values["delta2"] == values["delta3"] == 0
     assert (values["abs_rel"], values["log10"]) == pytest.approx((0.5, math.log10(2)))
+
+
+def test_what_the_reports_clamp_at_a_tenth_would_do_to_delta1():
+    """A tenth of the pixels near the camera, at .04, and predicted at .08: wrong by a factor of 2, and equal once both are
+    raised to .1. Another twentieth is wrong farther off. The share below 1.25 would be .95 in place of .85."""
+    near, far, right = 26, 13, 217
+    depth = torch.tensor([0.08] * near + [0.9] * far + [0.5] * right)
+    truth = torch.tensor([0.04] * near + [0.3] * far + [0.5] * right)
+    assert flat(0, depth, 0, truth)["delta1"] == pytest.approx(0.85, abs=0.003)
+    assert flat(0, depth.clamp_min(0.1), 0, truth.clamp_min(0.1))["delta1"] == pytest.approx(0.95, abs=0.001)
 
 
 def test_a_sample_without_a_pixel_that_counts_is_not_a_number():
@@ -110,6 +135,35 @@ def test_a_sample_without_a_pixel_that_counts_is_not_a_number():
 def test_thresholds_of_delta():
     values = [flat(0, 0.4 * factor, 0, 0.4) for factor in (1.2, 1 / 1.3, 1.6, 1 / 2.1)]
     assert [[v["delta1"], v["delta2"], v["delta3"]] for v in values] == [[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_ratio_that_equals_the_threshold_does_not_count(k, side):
+    ratio = 1.25**k  # exact in float32, as are the depths below
+    depth, truth = (0.5 * ratio, 0.5)[::side]
+    assert flat(0, depth, 0, truth)[f"delta{k}"] == 0
+    assert flat(0, depth - side * 1e-4, 0, truth)[f"delta{k}"] == 1
+
+
+def test_rmse_is_of_a_picture_and_then_the_mean():
+    """Errors of 0 and .4 are .2 on average; the root over both pictures at once would be .283."""
+    logits, truth = torch.zeros(2, 1, 16, 16), torch.full((2, 1, 16, 16), 0.5)
+    depth = truth + torch.tensor([0, 0.4]).view(2, 1, 1, 1)
+    assert measure(logits, depth, logits, truth)["rmse"].tolist() == pytest.approx([0, 0.4])
+
+
+def test_a_score_is_the_mean_over_pictures_of_what_numpy_gives(fitted):
+    ds, train, baseline = fitted
+    some = train[:70]  # more than are measured at once
+    batch = {kind: pictures.numpy() / 1.0 for kind, pictures in ds.batch(some).items()}
+    error = baseline.mean_depth.numpy() - batch["depth"] / 255
+    predicted = np.abs(batch["fg_bg"] - batch["bg"]).max(1, keepdims=True) > baseline.threshold
+    both, either = (predicted & (batch["mask"] == 1)).sum((1, 2, 3)), (predicted | (batch["mask"] == 1)).sum((1, 2, 3))
+    values = score(baseline, ds, {"some": some}, "float32")["some"]
+    assert values["rmse"] == pytest.approx(np.sqrt(np.square(error).mean((1, 2, 3))).mean(), rel=1e-5)
+    assert abs(values["rmse"] - np.sqrt(np.square(error).mean())) > 1e-4
+    assert values["iou"] == pytest.approx(np.where(either > 0, both / np.maximum(either, 1), 1).mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

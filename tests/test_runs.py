@@ -1,5 +1,6 @@
 """Runs: what they leave, that they go on to the same result, and what they refuse. With a network of a few weights."""
 
+import colorsys
 import csv
 import dataclasses
 import json
@@ -16,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD, Adam, AdamW, RMSprop, lr_scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for when this file is run by itself, below
 
 import helpers
-from helpers import DEPTH_LOSSES, MASK_LOSSES, MODELS, Config, ZipDataset, mirror, run, split
+from helpers import DEPTH_LOSSES, MASK_LOSSES, MODELS, OPTIMIZERS, Config, ZipDataset, jitter_colours, mirror, run, split
 
 
 class Tiny(nn.Module):
@@ -37,6 +39,14 @@ class Tiny(nn.Module):
     def forward(self, bg, fg_bg):
         mask_logits, depth = self.layers(torch.cat([bg, fg_bg], 1)).chunk(2, 1)
         return mask_logits, depth.sigmoid()
+
+
+class Turned(Tiny):
+    """Of the same shapes, but not the same: where the one sees near, the other sees far."""
+
+    def forward(self, bg, fg_bg):
+        mask_logits, depth = super().forward(bg, fg_bg)
+        return -mask_logits, 1 - depth
 
 
 class SlowTiny(Tiny):
@@ -84,13 +94,32 @@ def assert_same_run(one, other):
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
     first, second = checkpoint(one), checkpoint(other)
-    torch.testing.assert_close(first["model"], second["model"], rtol=0, atol=0)
-    torch.testing.assert_close(first["optimizer"]["state"], second["optimizer"]["state"], rtol=0, atol=0)
-    assert (first["schedule"], first["history"]) == (second["schedule"], second["history"])
+    assert first.keys() == second.keys() and first["history"] == second["history"]
+    if len(first["history"]) < json.loads((Path(one) / "config.json").read_text())["epochs"]:  # else nothing is kept
+        assert first["schedule"] == second["schedule"]
+        for name in ("model", "loss", "optimizer"):
+            states = [part[name]["state"] if name == "optimizer" else dict(part[name]) for part in (first, second)]
+            torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def renamed(config, **changes):
     return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """An optimizer that notes, for every step, the rate and the gradients that it was given."""
+
+    class Recorder(SGD):
+        rates, slopes = [], []
+
+        def step(self, closure=None):
+            self.rates.append(self.param_groups[0]["lr"])
+            self.slopes.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]))
+            return super().step(closure)
+
+    monkeypatch.setitem(OPTIMIZERS, "recorder", lambda *args, **options: Recorder(*args, **options, momentum=0.9))
+    return Recorder
 
 
 # What a run leaves
@@ -173,13 +202,33 @@ def test_best_weights_are_those_of_the_least_validation_loss(config, data):
 # Going on
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd", "schedule": "constant"}, {"split": "image", "augment": "none"}])
+def test_a_run_gives_back_its_own_network_though_another_has_the_same_shapes(config, monkeypatch):
+    monkeypatch.setitem(MODELS, "turned", Turned)
+    assert type(run(renamed(config, epochs=1)).model()) is Tiny
+    other = run(renamed(config, name="other", model="turned", epochs=1))
+    assert type(other.model()) is Turned
+    assert other.results["valid"]["rmse"] == pytest.approx(other.history[0]["valid_rmse"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"optimizer": "sgd", "schedule": "constant"},
+        {"split": "image", "augment": "none"},
+        {"optimizer": "rmsprop", "schedule": "step", "lr": 0.005, "subset": 100, "split": "image"},
+        {"schedule": "plateau", "depth_weight": "learned"},
+        {"optimizer": "adam", "augment": "mirror+colour", "clip_norm": 0.5},
+    ],
+)
 def test_a_run_that_goes_on_equals_one_that_never_stopped(config, place, options):
-    run(renamed(config, **options))
-    parts = renamed(config, name="parts", **options)
+    whole, parts = renamed(config, **options), renamed(config, name="parts", **options)
     assert len(run(parts, stop_after=1).history) == 1
     assert not run(parts, stop_after=2).results
-    assert run(parts).results
+    run(whole, stop_after=2)
+    assert_same_run(place / "first", place / "parts")
+    (place / "first").rename(place / "half")
+    assert run(parts).results and run(whole).results
     assert_same_run(place / "first", place / "parts")
 
 
@@ -253,12 +302,16 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(config, place
 
 def test_the_start_and_the_order_of_data_do_not_depend_on_the_loss(config, place, monkeypatch):
     """So that runs of a comparison differ by their loss alone: a loss that moves nothing leaves the same traces."""
-    seen = {"a": [], "b": []}
+    seen = {"a": [], "b": [], "learned": []}
+    monkeypatch.setitem(MASK_LOSSES, "nothing", lambda z, t: 0 * z.sum())
     for name in seen:
         monkeypatch.setitem(DEPTH_LOSSES, name, lambda p, t, name=name: seen[name].append(t.clone()) or 0 * p.sum())
-        run(renamed(config, name=name, depth_loss=name, mask_loss=None, weight_decay=0.0, epochs=1))
-    assert len(seen["a"]) > 1 and all(torch.equal(one, other) for one, other in zip(*seen.values(), strict=True))
-    assert contents(place / "a")["best.pt"] == contents(place / "b")["best.pt"]
+        weight = "learned" if name == "learned" else 1.0
+        run(renamed(config, name=name, depth_loss=name, mask_loss="nothing", depth_weight=weight, weight_decay=0.0, epochs=1))
+    assert len(seen["a"]) > 1
+    for name in ("b", "learned"):
+        assert all(torch.equal(one, other) for one, other in zip(seen["a"], seen[name], strict=True))
+        assert contents(place / "a")["best.pt"] == contents(place / name)["best.pt"]
 
 
 def test_every_training_sample_is_seen_once_an_epoch_in_another_order(config, data, monkeypatch):
@@ -350,8 +403,7 @@ def test_a_loss_that_is_no_number_stops_the_run_as_it_was(config, place, monkeyp
     monkeypatch.setitem(DEPTH_LOSSES, "mine", helpers.l1)
     run(mine)
     run(renamed(config, name="undisturbed", depth_loss="mine"))
-    states = [checkpoint(place / name)["model"] for name in ("first", "undisturbed")]
-    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert_same_run(place / "first", place / "undisturbed")
 
 
 def test_a_validation_loss_that_is_no_number_stops_the_run_too(config, monkeypatch):
@@ -370,13 +422,21 @@ def test_too_few_samples_are_refused_before_anything_is_made(config, write_zip, 
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"model": "unet"}, "Unknown model 'unet'. Known: resunet, dual_stream"),
-        ({"optimizer": "adm"}, "Unknown optimizer 'adm'. Known: sgd, adamw"),
-        ({"schedule": "step"}, "Unknown schedule 'step'. Known: constant, onecycle"),
+        ({"model": "unet"}, "Unknown model 'unet'. Known: resunet, resunet_lite, dual_stream, twin_unet, two_head_resnet"),
+        ({"optimizer": "adm"}, "Unknown optimizer 'adm'. Known: sgd, rmsprop, adam, adamw"),
+        ({"schedule": "cosine"}, "Unknown schedule 'cosine'. Known: constant, step, plateau, onecycle"),
         ({"split": "random"}, "Unknown split 'random'. Known: unseen, image"),
-        ({"augment": "rotate"}, "Unknown augment 'rotate'. Known: mirror, none"),
+        ({"augment": "rotate"}, "Unknown augment 'rotate'. Known: none, mirror, colour, mirror.colour"),
         ({"precision": "int8"}, "Unknown precision 'int8'. Known: auto, float32"),
         ({"depth_near": "left"}, "Unknown depth_near 'left'. Known: dark, bright"),
+        ({"augment": "colour+mirror"}, "Unknown augment"),
+        ({"mask_loss": "berhu"}, "Unknown mask loss 'berhu'. Known: bce, weighted_bce"),
+        ({"depth_loss": "bce"}, "Unknown depth loss 'bce'. Known: l1, rmse"),
+        ({"depth_weight": "auto"}, "depth_weight is 'auto'.*'learned'"),
+        ({"depth_weight": "learned", "mask_loss": None}, "depth_weight is 'learned'"),
+        ({"depth_weight": "learned", "depth_loss": None}, "depth_weight is 'learned'"),
+        ({"subset": -1}, "subset is -1"),
+        ({"clip_norm": -0.1}, "clip_norm is -0.1"),
         ({"epochs": 0}, "epochs is 0; it must be more than 0"),
         ({"lr": -1.0}, "lr is -1.0"),
         ({"batch_size": 0}, "batch_size is 0"),
@@ -404,28 +464,138 @@ def test_reading_a_folder_that_holds_no_run(place):
 # Choices
 
 
-@pytest.mark.parametrize("option", [("optimizer", name) for name in helpers.OPTIMIZERS])
+@pytest.mark.parametrize("optimizer, lr", [("sgd", 0.05), ("rmsprop", 0.005), ("adam", 0.02), ("adamw", 0.02)])
 @pytest.mark.parametrize("schedule", helpers.SCHEDULES)
-def test_every_optimizer_and_schedule_trains(config, option, schedule):
-    history = run(renamed(config, **dict([option]), schedule=schedule, epochs=1)).history
-    assert np.isfinite(list(history[0].values())).all()
+def test_every_optimizer_lowers_the_loss_with_every_schedule(config, optimizer, lr, schedule):
+    history = run(renamed(config, optimizer=optimizer, schedule=schedule, lr=lr)).history
+    assert history[-1]["train_loss"] < history[0]["train_loss"] and history[-1]["valid_loss"] < history[0]["valid_loss"]
+
+
+def test_the_optimizers_are_those_of_torch():
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    made = {name: make(weights, lr=0.1, weight_decay=0.01) for name, make in OPTIMIZERS.items()}
+    assert {name: type(one) for name, one in made.items()} == {"sgd": SGD, "rmsprop": RMSprop, "adam": Adam, "adamw": AdamW}
+    assert made["sgd"].defaults["momentum"] == 0.9
 
 
 @pytest.mark.parametrize("schedule, first, last", [("constant", 1, 1), ("onecycle", 1 / 25, 1 / 25e4)])
-def test_a_schedule_ends_with_the_run_and_its_rates_are_used(config, monkeypatch, schedule, first, last):
+def test_a_schedule_ends_with_the_run_and_its_rates_are_used(config, recorder, schedule, first, last):
     """The cycle begins at 1/25 of lr and ends at a ten thousandth of that: Smith and Topin, Super-Convergence, 2017."""
-    rates = []
-
-    class Recorder(torch.optim.SGD):
-        def step(self, closure=None):
-            rates.append(self.param_groups[0]["lr"])
-            return super().step(closure)
-
-    monkeypatch.setitem(helpers.OPTIMIZERS, "recorder", lambda *args, **options: Recorder(*args, **options, momentum=0.9))
-    history = run(renamed(config, optimizer="recorder", schedule=schedule)).history
+    history, rates = run(renamed(config, optimizer="recorder", schedule=schedule)).history, recorder.rates
     assert (rates[0], history[-1]["lr"]) == pytest.approx((config.lr * first, config.lr * last))
     assert 0.9 * config.lr < max(rates) <= config.lr and rates[-1] >= history[-1]["lr"]
     assert len(rates) % len(history) == 0 and history[0]["lr"] == pytest.approx(rates[len(rates) // len(history)])
+
+
+def test_the_cycle_is_that_of_torch(config, recorder):
+    history = run(renamed(config, optimizer="recorder", schedule="onecycle")).history
+    expected = lr_scheduler.OneCycleLR(SGD([torch.zeros(1)], momentum=0.9), config.lr, len(recorder.rates) + 1)
+    rates = expected.get_last_lr()
+    for _ in recorder.rates:
+        expected.optimizer.step()
+        expected.step()
+        rates += expected.get_last_lr()
+    assert [*recorder.rates, history[-1]["lr"]] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("epochs, batch_size", [(3, 16), (4, 16), (5, 20), (2, 16)])
+def test_steps_divide_the_rate_by_ten_after_each_third(config, recorder, epochs, batch_size):
+    run(renamed(config, optimizer="recorder", schedule="step", epochs=epochs, batch_size=batch_size))
+    levels, counts = np.unique(np.round(np.log10(np.array(recorder.rates) / config.lr), 6), return_counts=True)
+    assert levels.tolist() == [-2, -1, 0] and np.abs(counts - len(recorder.rates) / 3).max() < 1.5
+    assert recorder.rates == sorted(recorder.rates, reverse=True)
+    if epochs == 3:
+        assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize(
+    "falls, expected",
+    [("valid", [1] * 9), ("train", [1] * 4 + [0.1] * 3 + [0.01] * 2), ("neither", [1] * 4 + [0.1] * 3 + [0.01] * 2)],
+)
+def test_a_plateau_is_three_epochs_without_a_lesser_validation_loss(config, recorder, monkeypatch, falls, expected):
+    """Asked once an epoch: asked after every batch, the rate would fall within the first epochs. No other loss counts."""
+    calls = {"train": 0, "valid": 0}
+
+    def scripted(p, t):
+        part = "train" if torch.is_grad_enabled() else "valid"
+        calls[part] += 1
+        return 0 * p.sum() + (2 / calls[part] if part == falls else 1)
+
+    monkeypatch.setitem(DEPTH_LOSSES, "scripted", scripted)
+    options = {"mask_loss": None, "depth_loss": "scripted", "optimizer": "recorder", "schedule": "plateau", "epochs": 9}
+    history = run(renamed(config, **options)).history
+    assert [row["lr"] / config.lr for row in history] == pytest.approx(expected)
+    each = len(recorder.rates) // 9
+    assert each > 1 and [rate / config.lr for rate in recorder.rates] == pytest.approx(np.repeat(expected, each))
+
+
+def test_a_plateau_follows_torch_on_the_validation_loss(config):
+    history = run(renamed(config, optimizer="sgd", schedule="plateau", lr=1.0, epochs=12)).history
+    expected = lr_scheduler.ReduceLROnPlateau(SGD([torch.zeros(1)], lr=1.0), factor=0.1, patience=2)
+    for row in history:
+        assert row["lr"] == pytest.approx(expected.get_last_lr()[0])
+        expected.step(row["valid_loss"])
+    assert len({row["lr"] for row in history}) > 1
+
+
+def test_gradients_are_scaled_down_to_the_norm_and_never_up(config, recorder, place):
+    clipless = renamed(config, optimizer="recorder", schedule="constant", lr=0.1)
+    run(clipless)
+    free = recorder.slopes.copy()
+    norms = [slope.norm().item() for slope in free]
+    assert max(norms[1:]) > norms[0] / 2
+    recorder.slopes.clear()
+    run(renamed(clipless, name="clipped", clip_norm=norms[0] / 2))
+    torch.testing.assert_close(recorder.slopes[0], free[0] / 2, rtol=1e-4, atol=1e-7)
+    assert max(slope.norm().item() for slope in recorder.slopes) == pytest.approx(norms[0] / 2, rel=1e-4)
+    run(renamed(clipless, name="wide", clip_norm=2 * max(norms)))
+    assert contents(place / "wide")["best.pt"] == contents(place / "first")["best.pt"]
+
+
+def test_gradients_of_half_precision_are_clipped_as_they_are_and_not_as_they_are_scaled(config, recorder):
+    options = {"optimizer": "recorder", "schedule": "constant", "lr": 0.1, "precision": "float16"}
+    run(renamed(config, **options, epochs=1))
+    norm = recorder.slopes[0].norm().item()
+    recorder.slopes.clear()
+    run(renamed(config, name="clipped", clip_norm=norm / 2, **options, epochs=1))
+    assert recorder.slopes[0].norm().item() == pytest.approx(norm / 2, rel=0.02)
+
+
+def test_learned_weights_follow_gradient_descent_on_the_uncertainties(config, place, monkeypatch):
+    """Of losses that stay at 2 and 1/2 each s goes its own way towards log L, whatever weight decay does to the network."""
+    monkeypatch.setitem(MASK_LOSSES, "two", lambda z, t: 2 + 0 * z.sum())
+    monkeypatch.setitem(DEPTH_LOSSES, "half", lambda p, t: 0.5 + 0 * p.sum())
+    options = {"mask_loss": "two", "depth_loss": "half", "depth_weight": "learned", "weight_decay": 0.3}
+    options |= {"optimizer": "sgd", "schedule": "constant", "split": "image", "batch_size": 20}
+    history = run(renamed(config, **options)).history
+    costs, s, speed, expected = np.array([2, 0.5]), np.zeros(2), np.zeros(2), []
+    for _ in history:
+        for _ in range(6):  # batches of 101 samples
+            speed = 0.9 * speed + 1 - costs * np.exp(-s)
+            s = s - config.lr * speed
+        expected.append(np.exp(s[0] - s[1]))
+    assert expected[-1] > 2
+    assert [row["depth_weight"] for row in history] == pytest.approx(expected, rel=1e-5)
+    assert helpers.read_run(place / "first").history == history
+
+
+def test_learned_weights_lower_the_loss(config):
+    history = run(renamed(config, depth_weight="learned")).history
+    assert history[-1]["valid_loss"] < history[0]["valid_loss"]
+    assert 1 != history[0]["depth_weight"] != history[-1]["depth_weight"]
+
+
+def test_a_subset_is_all_that_a_run_sees(config, data, monkeypatch):
+    ds = ZipDataset(data, size=16).subset(60)
+    parts, seen, batch_of = split(ds, "image"), [], ZipDataset.batch
+    monkeypatch.setattr(
+        ZipDataset, "batch", lambda ds, indices: seen.extend(ds.name(i) for i in indices) or batch_of(ds, indices)
+    )
+    finished = run(renamed(config, subset=60, split="image", epochs=1))
+    train = [ds.name(i) for i in parts["train"]]
+    assert sorted(seen[: len(train)]) == sorted(train)
+    assert set(seen) == {ds.name(i) for indices in parts.values() for i in indices}
+    assert finished.results.keys() == {part for part, indices in parts.items() if len(indices)} - {"train"}
 
 
 @pytest.mark.parametrize("precision", helpers.PRECISIONS)
@@ -489,6 +659,147 @@ def test_mirror_turns_all_four_pictures_or_none():
     for kind in batch:
         assert turned[kind] == turned["bg"] and same[kind] == [not turn for turn in turned["bg"]]
     assert 60 < sum(turned["bg"]) < 140
+
+
+AUGMENTATIONS = {"none": (False, False), "mirror": (True, False), "colour": (False, True), "mirror+colour": (True, True)}
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_training_sees_samples_mirrored_or_recoloured_as_asked_and_measuring_as_they_are(config, data, monkeypatch, augment):
+    """Each picture that reaches the network is found among the originals by the depth that belongs to it."""
+    seen = {True: [], False: []}
+
+    class Watched(Tiny):
+        def forward(self, bg, fg_bg):
+            self.inputs = bg, fg_bg
+            return super().forward(bg, fg_bg)
+
+    def watch(p, t):
+        seen[p.requires_grad].extend(zip(*made[0].inputs, t, strict=True))
+        return helpers.l1(p, t)
+
+    made = []
+    monkeypatch.setitem(MODELS, "tiny", lambda: made.append(Watched()) or made[0])
+    monkeypatch.setitem(DEPTH_LOSSES, "watch", watch)
+    run(renamed(config, augment=augment, depth_loss="watch"), stop_after=1)
+    originals = {item["depth"].numpy().tobytes(): item for item in ZipDataset(data, size=16)}
+    found = {True: [], False: []}
+    for training, samples in seen.items():
+        for bg, fg_bg, depth in samples:
+            mirrored = depth.numpy().tobytes() not in originals
+            bg, fg_bg, depth = (p.flip(2) if mirrored else p for p in (bg, fg_bg, depth))
+            item = originals[depth.contiguous().numpy().tobytes()]
+            same = [torch.equal(one, item[kind]) for kind, one in (("bg", bg), ("fg_bg", fg_bg))]
+            assert same[0] == same[1]
+            found[training].append((mirrored, not same[0]))
+    some_mirrored, all_recoloured = AUGMENTATIONS[augment]
+    assert {turned for turned, _ in found[True]} == ({True, False} if some_mirrored else {False})
+    assert {recoloured for _, recoloured in found[True]} == {all_recoloured}
+    assert set(found[False]) == {(False, False)}
+
+
+@pytest.fixture
+def pairs():
+    """Forty times the same sample, of middling colours: a background and the same with an object."""
+    bg = 0.3 + 0.4 * torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 8, 8)
+    mask[:, 2:6, 3:5] = 1
+    sample = {"bg": bg, "fg_bg": torch.where(mask > 0, 1 - bg, bg), "mask": mask, "depth": bg.mean(0, keepdim=True)}
+    return {kind: picture.repeat(40, 1, 1, 1) for kind, picture in sample.items()}
+
+
+def test_jittering_colours_changes_both_pictures_of_a_sample_alike_and_nothing_else(pairs):
+    before = {kind: pictures.clone() for kind, pictures in pairs.items()}
+    after = jitter_colours(pairs)
+    assert after.keys() == pairs.keys()
+    assert all(torch.equal(pairs[kind], before[kind]) for kind in before)
+    assert all(torch.equal(after[kind], before[kind]) for kind in ("mask", "depth"))
+    beside = (before["mask"] == 0).expand(-1, 3, -1, -1)
+    assert torch.equal(after["bg"][beside], after["fg_bg"][beside])
+    assert not torch.equal(after["bg"][~beside], after["fg_bg"][~beside])
+    for kind in ("bg", "fg_bg"):
+        assert after[kind].shape == before[kind].shape and after[kind].min() >= 0 and after[kind].max() <= 1
+    samples = after["fg_bg"].flatten(1)
+    assert torch.cdist(samples, samples).fill_diagonal_(1).min() > 1e-3  # each its own draw
+    assert not any(torch.equal(one, two) for one, two in zip(after["bg"], before["bg"], strict=True))
+
+
+def test_jittering_colours_of_pictures_that_are_equal_leaves_them_equal(pairs):
+    pairs["bg"] = pairs["fg_bg"] = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(1)).round()  # 0 and 1 too
+    after = jitter_colours(pairs)
+    assert torch.equal(after["bg"], after["fg_bg"])
+    assert after["bg"].min() >= 0 and after["bg"].max() <= 1
+
+
+def test_jittering_colours_is_the_same_from_the_same_seed(pairs):
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(jitter_colours(pairs)["fg_bg"])
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_jittering_colours_moves_brightness_contrast_saturation_and_hue():
+    """Read off a picture of two greys and a red pixel, in which each of the four leaves a trace of its own: brightness in the
+    mean, contrast in the difference of the greys, saturation in how much farther the red's channels spread, hue in the hue."""
+    picture = torch.full((3, 8, 8), 0.4)
+    picture[:, 4:] = 0.5
+    picture[:, 0, 0] = torch.tensor([0.6, 0.4, 0.35])
+    batch = {kind: picture.repeat(40, 1, 1, 1) for kind in ("bg", "fg_bg")} | {"mask": torch.zeros(40, 1, 8, 8)}
+    drawn = jitter_colours(batch)["fg_bg"]
+    brightness = drawn[:, :, :, 1:].mean((1, 2, 3)) / 0.45
+    contrast = (drawn[:, 0, 7, 7] - drawn[:, 0, 0, 7]) / 0.1 / brightness
+    red = drawn[:, :, 0, 0]
+    saturation = (red.amax(1) - red.amin(1)) / 0.25 / brightness / contrast
+    hue = torch.tensor([colorsys.rgb_to_hsv(*pixel)[0] for pixel in red.tolist()])
+    hue = (hue - colorsys.rgb_to_hsv(0.6, 0.4, 0.35)[0] + 0.5) % 1 - 0.5
+    for factor in (brightness, contrast, saturation):
+        assert 0.5 < factor.min() < 0.92 and 1.08 < factor.max() < 1.5
+    assert -0.2 < hue.min() < -0.02 and 0.02 < hue.max() < 0.2
+
+
+# A Config as a file
+
+
+@pytest.mark.parametrize("options", [{}, {"mask_loss": None, "lr": 1 / 3, "subset": 7}, {"depth_weight": "learned", "seed": 5}])
+def test_a_config_is_read_as_it_was_saved(place, options):
+    config = Config("losses/dice", data="ä b.zip", **options)
+    config.save(place / "mine.json")
+    assert Config.load(place / "mine.json") == Config.load(str(place / "mine.json")) == config
+    assert json.loads((place / "mine.json").read_text())["name"] == "losses/dice"
+    assert [path.name for path in place.iterdir()] == ["mine.json"]
+
+
+def test_the_config_of_a_run_is_read_from_its_folder(config, place):
+    run(config, stop_after=1)
+    assert "fingerprint" in json.loads((place / "first" / "config.json").read_text())
+    assert Config.load(place / "first" / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    "text, about",
+    [
+        ('{"name": "a", "learning_rate": 1}', "learning_rate"),
+        ('{"name": "a", "model": "unet"}', "Unknown model 'unet'. Known: resunet"),
+        ('{"name": "a", "lr": "fast"}', ""),
+        ('{"size": 64}', "name"),
+        ('{"name": "a', ""),
+        ("[1, 2]", ""),
+        ('"a"', ""),
+        ("", ""),
+        ("\udcff", ""),  # not UTF-8
+    ],
+)
+def test_a_file_that_holds_no_config_is_named(place, text, about):
+    (place / "mine.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"mine\.json.*{about}") as caught:
+        Config.load(place / "mine.json")
+    assert str(place) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_config_that_is_not_there(place):
+    with pytest.raises(FileNotFoundError, match="mine"):
+        Config.load(place / "mine.json")
 
 
 if __name__ == "__main__":  # the run that is to be killed
