@@ -1760,7 +1760,8 @@ def compare_predictions(
 ) -> plt.Figure:
     """A row a sample and kind: the picture, the truth, and the prediction of each network in a column of its own."""
     batches = [_predict_batch(model, ds, indices) for model in models.values()]
-    figure, axes = _grid(len(kinds) * len(indices), 2 + len(models), ("input", "truth", *models))
+    side = 1.5 if len(models) < 8 else 1.2
+    figure, axes = _grid(len(kinds) * len(indices), 2 + len(models), ("input", "truth", *models), side)
     for row, (i, kind) in zip(axes, itertools.product(range(len(indices)), kinds), strict=True):
         photo, metric, title = ("fg_bg", "iou", "IoU") if kind == "mask" else ("bg", "rmse", "RMSE")
         _draw(row[0], "fg_bg" if len(kinds) == 1 else photo, batches[0]["fg_bg" if len(kinds) == 1 else photo][i])
@@ -1781,7 +1782,7 @@ def _several(one: object) -> list:
 def plot_history(runs: dict[str, Run | Sequence[Run]], metrics: Sequence[str] = ("loss", "iou", "rmse")) -> plt.Figure:
     """A panel a metric, a curve a run, over the epochs, on the validation samples; dashed: the loss in training. Of several
     seeds the curve is the mean, with a band from the least to the greatest."""
-    figure, axes = plt.subplots(1, len(metrics), figsize=(4 * len(metrics), 3), layout="constrained", dpi=90)
+    figure, axes = plt.subplots(1, len(metrics), figsize=(4 * len(metrics), 3), layout="constrained", dpi=80)
     colours = plt.get_cmap("tab10" if len(runs) <= 10 else "tab20").colors
     for metric, axis in zip(metrics, np.atleast_1d(axes), strict=True):
         for (label, seeds), colour in zip(runs.items(), itertools.cycle(colours)):
@@ -1809,7 +1810,7 @@ def compare_runs(
     """A panel a metric, a line a run, a dot for each test part; `results` holds `Run.results` or what `score` gives, or a
     list of them, one a seed: then the dot is the mean, on a bar from the least to the greatest."""
     size = (4 * len(metrics), 1.2 + 0.35 * len(results))
-    figure, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, layout="constrained", dpi=90)
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, layout="constrained", dpi=80)
     for metric, axis in zip(metrics, np.atleast_1d(axes), strict=True):
         for cell, colour in PART_COLOURS.items():
             of = [[one[cell][metric] for one in _several(seeds) if cell in one] for seeds in results.values()]

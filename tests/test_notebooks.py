@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,7 +49,7 @@ def notebook(path):
 
 
 def test_the_series_is_numbered_without_gaps():
-    assert [path.name[:3] for path in NOTEBOOKS] == [f"{i:02}_" for i in range(len(NOTEBOOKS))] and len(NOTEBOOKS) >= 6
+    assert [path.name[:3] for path in NOTEBOOKS] == [f"{i:02}_" for i in range(len(NOTEBOOKS))] and len(NOTEBOOKS) == 7
 
 
 def test_setup_is_the_same_in_all(notebook):
@@ -122,6 +123,15 @@ def definitions(text):
     return [node.name for node in ast.parse("\n".join(lines)).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
 
 
+def function(name, called, **names):
+    """A function that a notebook defines, without running the notebook."""
+    cells = map(source, code_cells(load(ROOT / "notebooks" / name)))
+    trees = [ast.parse(text) for text in cells if f"def {called}(" in text]
+    found = [node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == called]
+    exec(compile(ast.Module(found, []), name, "exec"), names)
+    return names[called]
+
+
 def test_nothing_is_defined_twice():
     names = definitions((ROOT / "helpers.py").read_text(encoding="utf-8"))
     assert len(names) > 20
@@ -157,3 +167,25 @@ def test_readme_links_every_notebook_and_what_it_links_exists():
     assert {f"notebooks/{path.name}" for path in NOTEBOOKS} <= set(links)
     assert [link for link in links if not (ROOT / link).exists()] == []
     assert all(f"/blob/main/notebooks/{path.name})" in readme for path in NOTEBOOKS)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"my chair.JPG": {"metadata": {"name": "my chair.JPG"}, "content": b"bytes"}},  # ipywidgets 7, in Colab
+        ({"name": "my chair.JPG", "content": memoryview(b"bytes")},),  # ipywidgets 8
+    ],
+    ids=["7", "8"],
+)
+def test_an_uploaded_photo_becomes_a_file(tmp_path, value):
+    (tmp_path / "06_predict").mkdir()
+    uploaded = function("06_predict.ipynb", "uploaded", Path=Path, workspace=lambda: tmp_path)
+    path = uploaded(SimpleNamespace(value=value, description="With the object"), "photo")
+    assert path == tmp_path / "06_predict" / "photo.jpg" and path.read_bytes() == b"bytes"
+
+
+@pytest.mark.parametrize("value", [{}, ()])
+def test_a_photo_that_was_not_chosen_is_asked_for(value):
+    uploaded = function("06_predict.ipynb", "uploaded")
+    with pytest.raises(ValueError, match="With the object"):
+        uploaded(SimpleNamespace(value=value, description="With the object"), "photo")
