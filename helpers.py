@@ -92,7 +92,7 @@ def workspace() -> Path:
     else in Colab a folder on Drive (so that it outlives the machine; without consent a local one, and a line says so), else
     `runs/` beside helpers.py."""
     if os.environ.get("WORKSPACE"):
-        folder = ROOT / os.environ["WORKSPACE"]
+        folder = ROOT / Path(os.environ["WORKSPACE"]).expanduser()
     else:
         folder = (_drive_folder() if in_colab() else None) or ROOT / "runs"
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def data_zip(path: str | Path = "") -> Path:
     given = str(path) or os.environ.get("DATA_ZIP", "")
     if given:
         given = Path(given).expanduser()
-        if in_colab() and DRIVE in given.parents:
+        if in_colab() and DRIVE in given.absolute().parents:
             _drive_folder()  # mounts Drive
         # A notebook's kernel starts in notebooks/, so the path may also be meant from the project's folder.
         found = next((path for path in (given, ROOT / given) if path.exists()), None)
@@ -343,12 +343,13 @@ class ZipDataset(torch.utils.data.Dataset):
         return raw
 
     def _decode(self, file: int, kind: str) -> Tensor:
+        raw = self._read(file)
         try:
-            picture = Image.open(io.BytesIO(self._read(file)))
+            picture = Image.open(io.BytesIO(raw))
             if picture.mode.startswith("I"):
-                raise OSError("it has 16 bits a pixel, and 8 are read")
+                raise ValueError("it has 16 bits a pixel, and 8 are read")
             picture = picture.convert("RGB" if CHANNELS[kind] == 3 else "L")
-        except OSError as error:
+        except Exception as error:  # Pillow's decoders raise many kinds
             raise ValueError(f"{self.path}: {self._names[file].decode()} cannot be read as a picture ({error}).") from error
         size = (self.size, self.size)
         if kind == "mask":  # in float, as rounding to 8 bit would move pixels that are exactly half object
@@ -452,8 +453,8 @@ def _ids(layout: str, numbers: np.ndarray, last_bg: int) -> tuple[np.ndarray, np
 
 
 def _match_table(where: str, names: Sequence[str], table: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same from a table with a line a sample, the paths of bg, fg_bg, mask and depth with `;` between. Files are found
-    by their folder and name, as what stands before depends on where the table was written."""
+    """What `_match_names` gives, from a table: one line a sample, the paths of bg, fg_bg, mask and depth with `;` between.
+    Files are found by their folder and name, as what stands before depends on where the table was written."""
 
     def tail(name: str) -> str:
         return "/".join(name.strip().replace("\\", "/").split("/")[-2:]).lower()
@@ -538,7 +539,7 @@ def split(ds: ZipDataset, by: str = "unseen", seed: int = 0) -> dict[str, np.nda
 
     Ids are placed by multiples of the golden ratio modulo 1, which spread evenly however many there are (from 12 on, no part
     is empty), and samples by a hash of their names; so no sample moves when others are added. An unknown id (-1) counts as
-    a training one.
+    a training one. Raises ValueError for another `by`.
     """
     if by == "image":
         order = np.random.default_rng(seed).permutation(len(ds))
@@ -566,9 +567,13 @@ def split(ds: ZipDataset, by: str = "unseen", seed: int = 0) -> dict[str, np.nda
 
 
 def hardest_part(parts: Iterable[str]) -> str:
-    """The part to look at first: of the test parts that are there (their names), the one with the least in common with the
-    training data. Where objects are not known by number, that is `test_new_bg`."""
-    return next(part for part in ("test_new_both", "test_new_bg", "test", "test_seen", "valid") if part in parts)
+    """The part to look at first: of the parts that are there (their names), the one with the least in common with the
+    training data. Where objects are not known by number, that is `test_new_bg`. Raises ValueError where there is none."""
+    order = ("test_new_both", "test_new_bg", "test_new_fg", "test", "test_seen", "valid")
+    found = next((part for part in order if part in parts), None)
+    if found is None:
+        raise ValueError("No part of the split has samples to test on. Use more backgrounds or objects.")
+    return found
 
 
 def _known(name: str, names: Iterable[str], what: str) -> None:
@@ -830,7 +835,8 @@ class TwoHeadResNet(nn.Module):
         return self.mask_head(joined), self.depth_head(joined).sigmoid()
 
 
-# Every network: mask_logits, depth = model(bg, fg_bg), each (N, 1, H, W); depth is in [0, 1].
+# Every network: mask_logits, depth = model(bg, fg_bg), each (N, 1, H, W); depth is in [0, 1]. Its attribute `stride`, where
+# it has one, must divide height and width.
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "resunet": ResUNet,
     "resunet_lite": functools.partial(ResUNet, (64, 128, 256)),
@@ -857,7 +863,7 @@ def _full_precision(loss: Callable) -> Callable:
 
 
 def _of_probability(loss: Callable) -> Callable:
-    """The same loss for a mask's logits, of which it is given the sigmoid."""
+    """A loss of probabilities, made to take a mask's logits."""
 
     @functools.wraps(loss)
     @_full_precision
@@ -960,7 +966,7 @@ def _ssim_per_picture(prediction: Tensor, target: Tensor) -> Tensor:
     """
     height, width = prediction.shape[2:]
     if min(height, width) < 11:
-        raise ValueError(f"SSIM looks at windows of 11 x 11 pixels; these pictures are {height} x {width}.")
+        raise ValueError(f"SSIM looks at windows of 11 x 11 pixels; these pictures are {height} x {width}. Use larger ones.")
     return msssim_ssim(prediction, target, data_range=1, size_average=False)
 
 
@@ -969,9 +975,12 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
     return ((1 - _ssim_per_picture(prediction, target)) / 2).mean()
 
 
+mask_dice = _of_probability(dice)
+
+
 def bce_dice(prediction: Tensor, target: Tensor) -> Tensor:
     """Cross entropy, which is smooth everywhere, plus Dice, which does not care how small the object is (report 2)."""
-    return bce(prediction, target) + MASK_LOSSES["dice"](prediction, target)
+    return bce(prediction, target) + mask_dice(prediction, target)
 
 
 # Of depth alone: d predicted, g true, both in [0, 1].
@@ -1023,14 +1032,15 @@ def l1_ssim_gradient(prediction: Tensor, target: Tensor) -> Tensor:
     return l1(prediction, target) + ssim(prediction, target) + gradient(prediction, target)
 
 
-# Every loss: (prediction, target) -> scalar tensor. A mask's prediction are logits, a depth's is depth in [0, 1].
+# Every loss: (prediction, target) -> scalar tensor. For a mask the prediction is logits, for depth it is depth in [0, 1]. In
+# training both may come in half precision: begin a loss of your own with `.float()`.
 Loss = Callable[[Tensor, Tensor], Tensor]
 MASK_LOSSES: dict[str, Loss] = {
     "bce": bce,
     "weighted_bce": weighted_bce,
     "l1": _of_probability(l1),
     "rmse": _of_probability(rmse),
-    "dice": _of_probability(dice),
+    "dice": mask_dice,
     "tversky": tversky,
     "focal": focal,
     "lovasz": lovasz,
@@ -1094,7 +1104,7 @@ def measure(mask_logits: Tensor, depth: Tensor, mask_true: Tensor, depth_true: T
     Depth over all pixels: `rmse`, `mae`, `ssim`. Over the pixels whose true depth g is at least 1/255, with the prediction
     d clamped to at least 1e-3: `abs_rel` = mean |d - g| / g, `log10` = mean |log10 d - log10 g|, and `delta1`, `delta2`,
     `delta3`, the share of pixels with max(d / g, g / d) < 1.25, 1.25^2, 1.25^3 (Eigen et al., Depth Map Prediction, 2014);
-    NaN for a sample without such a pixel.
+    NaN for a sample without such a pixel. Raises ValueError for pictures smaller than SSIM's window of 11 pixels.
     """
     over = (1, 2, 3)
     depth, depth_true = depth.float(), depth_true.float()
@@ -1166,7 +1176,7 @@ OPTIMIZERS = {
 
 def _one_cycle(optimizer: torch.optim.Optimizer, lr: float, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     # RMSprop has no momentum here; a cycle of it would bring it in.
-    has_momentum = "betas" in optimizer.defaults or optimizer.defaults["momentum"] > 0
+    has_momentum = "betas" in optimizer.defaults or optimizer.defaults.get("momentum", 0) > 0
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, cycle_momentum=has_momentum)
 
 
@@ -1203,9 +1213,9 @@ class Config:
     depth_weight: float | str = 1.0  # of the depth loss beside the mask loss, or "learned"
     optimizer: str = "adamw"  # see OPTIMIZERS
     lr: float = 1e-3  # the schedule's highest
-    weight_decay: float = 1e-2
+    weight_decay: float = 1e-2  # as AdamW means it; with the others it is L2 on the gradient, where 1e-4 is usual
     schedule: str = "onecycle"  # or "constant"; "step": a tenth after each third; "plateau": a tenth after 3 epochs in vain
-    clip_norm: float = 0.0  # gradients are scaled down to this norm; 0: never
+    clip_norm: float = 0.0  # the network's gradients are scaled down to this norm; 0: never
     batch_size: int = 16
     epochs: int = 10
     augment: str = "mirror"  # or "colour", "mirror+colour", "none"
@@ -1247,7 +1257,8 @@ class Config:
             values = json.loads(Path(path).read_text())
             return cls(**{name: value for name, value in values.items() if name != "fingerprint"})
         except (TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} holds no Config ({error}). Delete it, or write it anew with Config.save.") from error
+            hint = "If it names a loss or a network of your own, define that first."
+            raise ValueError(f"{path} holds no Config that can be used ({error}). {hint}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1266,7 +1277,7 @@ class Run:
 
 
 @functools.lru_cache(maxsize=2)
-def _open_zip(path: Path, size: int, depth_near: str, subset: int) -> ZipDataset:
+def _open_zip(path: Path, size: int, depth_near: str, subset: int, changed: int) -> ZipDataset:
     ds = ZipDataset(path, size, depth_near=depth_near)
     return ds.subset(min(subset, len(ds))) if subset else ds
 
@@ -1274,7 +1285,8 @@ def _open_zip(path: Path, size: int, depth_near: str, subset: int) -> ZipDataset
 def open_zip(path: str | Path, size: int = 64, depth_near: str = "dark", subset: int = 0) -> ZipDataset:
     """The data set, or at most `subset` samples of it, opened once, so that the runs of one notebook share the pictures that
     are decoded already."""
-    return _open_zip(Path(path), size, depth_near, subset)
+    changed = Path(path).stat().st_mtime_ns if Path(path).exists() else 0  # a file that was written anew is another one
+    return _open_zip(Path(path), size, depth_near, subset, changed)
 
 
 def compute_dtype(precision: str = "auto") -> torch.dtype:
@@ -1314,8 +1326,8 @@ def jitter_colours(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def evaluate(
     model: nn.Module, ds: ZipDataset, indices: np.ndarray, loss: Callable[..., Tensor] | None = None, precision: str = "auto"
 ) -> dict[str, np.ndarray]:
-    """All metrics of `measure` for each of the samples: arrays of len(indices). With a loss its value too: that of the batch
-    of 32 in which a sample was computed, so that the mean is right and a single one says little."""
+    """All metrics of `measure` for each of the samples: arrays of len(indices). With a loss also `loss`, which is the same for
+    all samples of a batch of 32: take its mean, a single value says little. The model is left in evaluation mode."""
     model.eval()
     batches = []
     for some in np.split(indices, range(32, len(indices), 32)):
@@ -1329,8 +1341,13 @@ def evaluate(
 
 
 def _means(values: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means over the samples, but for those in which no pixel counts (NaN)."""
-    return {name: float(np.nanmean(v)) if np.isfinite(v).any() else float("nan") for name, v in values.items()}
+    """Means over the samples. Of the ratios of depths those samples are left out in which no pixel counts (NaN)."""
+
+    def mean(name: str, of: np.ndarray) -> float:
+        ratio = name.startswith(("abs_rel", "log10", "delta")) and np.isfinite(of).any()
+        return float(np.nanmean(of) if ratio else np.mean(of))
+
+    return {name: mean(name, of) for name, of in values.items()}
 
 
 def score(model: nn.Module, ds: ZipDataset, parts: dict[str, np.ndarray], precision: str = "auto") -> Results:
@@ -1339,7 +1356,8 @@ def score(model: nn.Module, ds: ZipDataset, parts: dict[str, np.ndarray], precis
 
 
 def parts_of(config: Config, ds: ZipDataset) -> dict[str, np.ndarray]:
-    """The split that a run of this Config uses, cut to its `max_train` and `max_test`."""
+    """The split that a run of this Config uses, cut to its `max_train` and `max_test`. Raises ValueError where it leaves no
+    samples to train or to validate on."""
     parts = split(ds, config.split)
     for part, indices in parts.items():
         most = config.max_train if part == "train" else config.max_test
@@ -1365,7 +1383,7 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     Args:
         config: what to do.
         stop_after: leave off after this many epochs, as if cut off there.
-        quiet: no line for each epoch, and no progress bar.
+        quiet: no line for each epoch and, in a terminal, no progress bar.
 
     Raises:
         ValueError: the folder holds a run of another Config or other data (the differences are named); the network cannot
@@ -1378,9 +1396,9 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     if (folder / "config.json").exists():  # data are known by their content, not by their path, which may change
         saved = json.loads((folder / "config.json").read_text())
         theirs = dataclasses.asdict(Config(config.name)) | saved | {"data": config.data}
-        keys = [key for key in settings if settings[key] != theirs[key]]
+        keys = [key for key in settings if settings[key] != theirs.get(key)]
         if keys:
-            changes = ", ".join(f"{key} was {theirs[key]!r} and is {settings[key]!r}" for key in keys)
+            changes = ", ".join(f"{key} was {theirs.get(key)!r} and is {settings[key]!r}" for key in keys)
             raise ValueError(f"The run {config.name!r} exists, but {changes}. Take another name, or delete its folder.")
     if (folder / "results.json").exists():
         if not quiet:
@@ -1390,13 +1408,15 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(config.seed)
         model = MODELS[config.model]().to(DEVICE, memory_format=torch.channels_last)
-        check_size(model, config.size, config.size)
+        if hasattr(model, "stride"):
+            check_size(model, config.size, config.size)
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / "config.json", settings)
         steps = -(-len(parts["train"]) // config.batch_size) * config.epochs
         loss = task_loss(config.mask_loss, config.depth_loss, config.depth_weight).to(DEVICE)
-        groups = [{"params": list(part.parameters())} for part in (model, loss)]
-        groups[1]["weight_decay"] = 0.0
+        groups = [{"params": model.parameters()}]
+        if config.depth_weight == "learned":
+            groups.append({"params": loss.parameters(), "weight_decay": 0.0})
         optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.lr, weight_decay=config.weight_decay)
         schedule = SCHEDULES[config.schedule](optimizer, config.lr, steps)
         scaler = torch.amp.GradScaler(DEVICE.type, enabled=compute_dtype(config.precision) == torch.float16)
@@ -1406,24 +1426,24 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
         valid_loss, watched = task_loss(config.mask_loss, config.depth_loss, fixed_weight), _watched(parts)
         history, seconds = [], []
         if (folder / "checkpoint.pt").exists():
-            checkpoint = torch.load(folder / "checkpoint.pt", map_location=DEVICE, weights_only=True)
+            checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             for name, part in keep.items():
-                if checkpoint[name]:  # a scaler that is off has no state, nor has a loss with fixed weights
+                if checkpoint.get(name):  # a scaler that is off has no state, nor has a loss with fixed weights
                     part.load_state_dict(checkpoint[name])
             history, seconds = checkpoint["history"], checkpoint["seconds"]
             if not quiet:
                 print(f"{config.name}: goes on after epoch {len(history)}")
 
         for epoch in range(len(history) + 1, (config.epochs if stop_after is None else min(stop_after, config.epochs)) + 1):
-            started = time.perf_counter()
+            started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
             train_loss = _train_epoch(config, ds, parts["train"], epoch, keep, quiet)
             seconds.append(time.perf_counter() - started)
             valid = _means(evaluate(model, ds, parts["valid"], valid_loss, config.precision))
             for value in (train_loss, valid["loss"]):
                 if not np.isfinite(value):
-                    stands = f"The run stands as after epoch {epoch - 1}; try a smaller lr."
-                    raise ValueError(f"The loss of epoch {epoch} is {value}. {stands}")
-            history.append({"epoch": epoch, "lr": schedule.get_last_lr()[0], "train_loss": train_loss})
+                    stands = f"The run stands as after epoch {epoch - 1}; try a smaller lr, under another name."
+                    raise ValueError(f"{config.name}: The loss of epoch {epoch} is {value}. {stands}")
+            history.append({"epoch": epoch, "lr": lr, "train_loss": train_loss})
             history[-1] |= {f"valid_{name}": value for name, value in valid.items()}
             if config.depth_weight == "learned":
                 history[-1]["depth_weight"] = (loss.log_variances[0] - loss.log_variances[1]).exp().item()
@@ -1449,8 +1469,8 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
 
 
 def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
-    """`run` for lists of Configs, such as one for each seed, with one progress bar over them all. Their checkpoints are
-    deleted once they are finished: with those of a long list a Drive is full."""
+    """`run` for lists of Configs, such as one for each seed, with one progress bar over them all. Of a finished run the
+    checkpoint is deleted, and the pictures of all epochs but the last: those of a long list would fill a Drive."""
     todo = sum(map(len, configs.values()))
     with tqdm(total=todo, unit=" runs", leave=False, file=sys.stdout) as bar:
 
@@ -1458,6 +1478,8 @@ def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
             bar.set_postfix_str(config.name)
             done = run(config, quiet=True)
             (done.folder / "checkpoint.pt").unlink(missing_ok=True)
+            for epoch in sorted((done.folder / "images").iterdir())[:-1]:
+                shutil.rmtree(epoch)
             bar.update()
             return done
 
@@ -1468,7 +1490,7 @@ def read_run(folder: str | Path) -> Run:
     """The run in this folder, as far as it has come. Raises FileNotFoundError where there is none."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} holds no run (no config.json).")
+        raise FileNotFoundError(f"{folder} holds no run (no config.json). Give the folder that run() made.")
     results = folder / "results.json"
     return Run(
         config=Config.load(folder / "config.json"),
@@ -1513,7 +1535,9 @@ def _train_epoch(config: Config, ds: ZipDataset, indices: np.ndarray, epoch: int
             scaler.step(optimizer)
             scaler.update()
             if config.schedule != "plateau":
-                schedule.step()
+                with warnings.catch_warnings():  # where float16 overflows, the scaler skips the optimiser's step, as it should
+                    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")
+                    schedule.step()
             total += loss.detach() * len(batch["bg"])
             bar.update(len(batch["bg"]))
     return total.item() / len(order)
@@ -1586,14 +1610,15 @@ def load_model(weights: str | Path) -> nn.Module:
 
 @torch.no_grad()
 def predict(model: nn.Module, bg: Tensor, fg_bg: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
-    """The mask, 0 or 1, and the depth, in [0, 1], of pictures of any size: two tensors (N, 1, H, W) as large as `fg_bg`.
+    """The mask, 0 or 1, and the depth, in [0, 1], of pictures of any size: two tensors (N, 1, H, W) as large as `fg_bg`, on
+    DEVICE, where the model goes too. Raises ValueError for a `size` that the network's strides do not divide.
 
     Args:
         model: a network, of `load_model` for instance.
         bg, fg_bg: float tensors (N, 3, H, W) in [0, 1]. The two may differ in size.
         size: the network sees them at size x size pixels; by default at its `size`, or else at 192.
     """
-    model.eval()
+    model.to(DEVICE).eval()
     size = size or getattr(model, "size", 192)
     small = [resize(pictures.to(DEVICE), [size, size], antialias=True) for pictures in (bg, fg_bg)]
     mask_logits, depth = model(*small)
@@ -1730,7 +1755,9 @@ def show_samples(ds: ZipDataset, indices: Sequence[int]) -> plt.Figure:
 
 def _show_four(pictures: dict[str, Image.Image | Tensor]) -> plt.Figure:
     """The four kinds of one sample beside each other, in the shape that they have."""
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained", dpi=90)
+    height, width = pictures["mask"].shape[1:]
+    size = (12, min(0.5 + 3 * height / width, 8))
+    figure, axes = plt.subplots(1, 4, figsize=size, layout="constrained", dpi=90)
     for axis, (kind, picture) in zip(axes, pictures.items(), strict=True):
         picture = pil_to_tensor(picture) if isinstance(picture, Image.Image) else picture
         drawn = _draw(axis, kind, picture)
@@ -1833,7 +1860,7 @@ def compare_runs(
 _SORT = """<script>
 function sortByColumn(head) {
   const table = head.closest("table"), column = head.cellIndex, down = head.dataset.down = head.dataset.down == "1" ? "" : "1";
-  const value = row => parseFloat(row.cells[column].textContent);
+  const value = row => { const x = parseFloat(row.cells[column].textContent); return isNaN(x) ? (down ? -1 : 1) * 1e9 : x; };
   [...table.rows].filter(row => row.cells[0].tagName == "TD").sort((a, b) => (down ? -1 : 1) * (value(a) - value(b)))
     .forEach(row => row.parentNode.appendChild(row));
 }

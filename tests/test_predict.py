@@ -383,14 +383,16 @@ def test_a_photo_stands_as_its_camera_noted(weights, tmp_path, turned, extension
     np.testing.assert_allclose(depth[inside], grey[inside], atol=6)
 
 
-def test_files_go_to_the_folder_that_is_given(weights, tmp_path):
+@pytest.mark.parametrize("folder", [None, "new/folder"])
+def test_files_go_beside_the_image_or_to_the_folder_that_is_given(weights, tmp_path, folder):
+    (tmp_path / "rooms").mkdir()
     bg, image, *_ = write_scene(tmp_path, 20, 30)
-    before = set(tmp_path.iterdir())
-    prediction = predict_images(weights, bg, image, str(tmp_path / "new" / "folder"))
-    assert {*tmp_path.iterdir()} - before == {tmp_path / "new"}
-    names = ["a.cat_depth.png", "a.cat_mask.png"]
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == names
-    assert {prediction.mask_file, prediction.depth_file} == {tmp_path / "new" / "folder" / name for name in names}
+    bg = bg.rename(tmp_path / "rooms" / bg.name)
+    before = set(tmp_path.rglob("*"))
+    prediction = predict_images(weights, bg, image, folder and str(tmp_path / folder))
+    there = tmp_path / folder if folder else tmp_path
+    assert prediction[:2] == (there / "a.cat_mask.png", there / "a.cat_depth.png")
+    assert {path for path in {*tmp_path.rglob("*")} - before if path.is_file()} == {prediction.mask_file, prediction.depth_file}
 
 
 def test_the_size_at_which_the_network_was_trained_is_used(tmp_path):

@@ -95,11 +95,10 @@ def assert_same_run(one, other):
     assert [name for name in first if first[name] != second[name]] == []
     first, second = checkpoint(one), checkpoint(other)
     assert first.keys() == second.keys() and first["history"] == second["history"]
-    if len(first["history"]) < json.loads((Path(one) / "config.json").read_text())["epochs"]:  # else nothing is kept
-        assert first["schedule"] == second["schedule"]
-        for name in ("model", "loss", "optimizer"):
-            states = [part[name]["state"] if name == "optimizer" else dict(part[name]) for part in (first, second)]
-            torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert first["schedule"] == second["schedule"]
+    for name in ("model", "loss", "optimizer"):
+        states = [part[name]["state"] if name == "optimizer" else dict(part[name]) for part in (first, second)]
+        torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def renamed(config, **changes):
@@ -225,9 +224,6 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(config, place, options
     whole, parts = renamed(config, **options), renamed(config, name="parts", **options)
     assert len(run(parts, stop_after=1).history) == 1
     assert not run(parts, stop_after=2).results
-    run(whole, stop_after=2)
-    assert_same_run(place / "first", place / "parts")
-    (place / "first").rename(place / "half")
     assert run(parts).results and run(whole).results
     assert_same_run(place / "first", place / "parts")
 
@@ -719,8 +715,7 @@ def test_jittering_colours_changes_both_pictures_of_a_sample_alike_and_nothing_e
     assert not torch.equal(after["bg"][~beside], after["fg_bg"][~beside])
     for kind in ("bg", "fg_bg"):
         assert after[kind].shape == before[kind].shape and after[kind].min() >= 0 and after[kind].max() <= 1
-    samples = after["fg_bg"].flatten(1)
-    assert torch.cdist(samples, samples).fill_diagonal_(1).min() > 1e-3  # each its own draw
+    assert len(after["fg_bg"].unique(dim=0)) == 40  # each its own draw
     assert not any(torch.equal(one, two) for one, two in zip(after["bg"], before["bg"], strict=True))
 
 
