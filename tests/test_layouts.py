@@ -291,8 +291,9 @@ def test_data_zip_takes_a_folder(tmp_path, monkeypatch, how):
         (lambda name: name if "Depth" not in name else 'depth.png";"more', ["5 columns"]),
         (lambda name: name.replace("fgbgmask/mask7.", "fgbgmask/mask99."), ["fgbgmask/mask99.png"]),
         (lambda name: name.replace("bg/bg2.", "backgrounds/bg2."), ["backgrounds/bg2.png"]),
+        (lambda name: name.replace("fgbg/img7.", "fgbg/img8."), ["fgbg/img8.png", "more than one line"]),
     ],
-    ids=["columns", "file", "folder"],
+    ids=["columns", "file", "folder", "twice"],
 )
 def test_labels_that_do_not_fit_are_named(write_zip, tmp_path, label, parts):
     write_zip(tmp_path / "a.zip", "roshantac", label=label)
