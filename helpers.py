@@ -364,7 +364,7 @@ def _read_directory(path: Path) -> tuple[list[Path], list[str], np.ndarray]:
     files' names; and where each lies, which zip (-1: none) and the offset, size, method and checksum in it."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder.")
-    archives = sorted(path.glob("[!.]*.zip")) if path.is_dir() else [path]
+    archives = sorted(path.glob("[!.]*.[zZ][iI][pP]")) if path.is_dir() else [path]
     names, places = [], []
     for number, archive in enumerate(archives):
         try:
@@ -373,9 +373,6 @@ def _read_directory(path: Path) -> tuple[list[Path], list[str], np.ndarray]:
         except zipfile.BadZipFile as error:
             size = archive.stat().st_size
             raise ValueError(f"{archive} is not a whole zip file ({size:,} bytes; {error}). Copy it anew.") from error
-        odd = [e.filename for e in entries if e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]
-        if odd:
-            raise ValueError(f"{archive}: {odd[0]} is compressed in a way that is not read here. Store or deflate the files.")
         names += [f"{archive.stem}/{e.filename}" if path.is_dir() else e.filename for e in entries]
         places += [(number, e.header_offset, e.compress_size, e.compress_type, e.CRC) for e in entries]
     if not archives:
@@ -387,6 +384,9 @@ def _read_directory(path: Path) -> tuple[list[Path], list[str], np.ndarray]:
     kept = [i for i, name in enumerate(names) if not litter.search(name)]
     if not kept:
         raise ValueError(f"{path} holds no files. A data set has pictures of four kinds: bg, fg_bg, mask and depth.")
+    odd = [names[i] for i in kept if places[i][3] not in (-1, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]
+    if odd:
+        raise ValueError(f"{path}: {odd[0]} is compressed in a way that is not read here. Store or deflate the files.")
     fields = [("archive", np.int16), ("offset", np.int64), ("size", np.int64), ("method", np.int16), ("crc", np.uint32)]
     return archives, [names[i] for i in kept], np.array([places[i] for i in kept], dtype=fields)
 
@@ -423,7 +423,7 @@ def _match_names(path: Path, names: Sequence[str], layout: str) -> tuple[np.ndar
     keys = sorted(found["fg_bg"])
     if not keys:
         raise ValueError(f"{path}: none of its {len(names)} files is a fg_bg picture of the layout {layout}.")
-    bg_id, fg_id = _ids(layout, np.array(keys), max((k for (k,) in found["bg"]), default=1))
+    bg_id, fg_id = _ids(path, layout, np.array(keys), sorted(b for (b,) in found["bg"]))
     wanted = dict.fromkeys(KINDS, keys) | {"bg": [(b,) for b in bg_id.tolist()]}
     for kind in ("bg", "mask", "depth"):
         missing = [i for i, key in enumerate(wanted[kind]) if key not in found[kind]]
@@ -433,17 +433,22 @@ def _match_names(path: Path, names: Sequence[str], layout: str) -> tuple[np.ndar
     return np.array([[found[kind][key] for key in wanted[kind]] for kind in KINDS]).T, bg_id, fg_id
 
 
-def _ids(layout: str, numbers: np.ndarray, last_bg: int) -> tuple[np.ndarray, np.ndarray]:
+def _ids(path: Path, layout: str, numbers: np.ndarray, backgrounds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """What the numbers in the names of fg_bg files (samples, groups) say: the ids of backgrounds and objects, -1 unknown.
 
     raguram and modest: background, object, place. mpaditya: background, sample. akshat: background, sample, from 1.
-    deepjyoti: sample, from 1, with the same number of samples for each of the backgrounds 1 to `last_bg`.
+    deepjyoti: sample, from 1, with the same number of samples for each of the `backgrounds`, which count from 1.
     """
     if layout in ("raguram", "modest"):
         bg_id, fg_id = numbers[:, 0], numbers[:, 1]
         return bg_id, _fold_mirrored(bg_id, fg_id) if layout == "raguram" else fg_id
     if layout == "deepjyoti":
-        each = -(-int(numbers.max()) // last_bg)
+        last, count = int(numbers.max()), max(backgrounds, default=0)
+        # Where the end of the set is missing, the recipe of the reports tells: 40 pictures of each object.
+        each = last // count if count and last % count == 0 else -(-last // (40 * max(count, 1))) * 40
+        if 0 in backgrounds or not (count - 1) * each < last <= count * each:
+            found = f"Its samples count to {last}, its backgrounds from {min(backgrounds, default=0)} to {count}"
+            raise ValueError(f"{path}: {found}; expected backgrounds from 1 on, with the same number of samples for each.")
         bg_id, place = (numbers[:, 0] - 1) // each + 1, (numbers[:, 0] - 1) % each
     else:
         bg_id, place, each = numbers[:, 0], numbers[:, 1] - 1, int(numbers[:, 1].max())
@@ -467,7 +472,7 @@ def _match_table(where: str, names: Sequence[str], table: bytes) -> tuple[np.nda
     except csv.Error as error:
         raise ValueError(f"{where} cannot be read as a table ({error}).") from error
     for number, line in enumerate(lines, start=1):
-        if not line:
+        if not any(cell.strip() for cell in line):
             continue
         if len(line) != len(KINDS):
             raise ValueError(f"{where}, line {number}: {len(line)} columns; expected the paths of bg, fg_bg, mask and depth.")

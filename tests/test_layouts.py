@@ -497,3 +497,28 @@ def test_a_subset_neither_reads_nor_copies_pictures(write_zip, tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < (tmp_path / "a.zip").stat().st_size / 10
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 2), (0,), ()], ids=len)
+def test_where_samples_go_by_their_count_backgrounds_have_to_count_from_one(write_zip, encode, tmp_path, numbers):
+    """Else every sample would be given another one's background."""
+    made = write_zip(tmp_path / "a.zip", "deepjyoti")
+    with zipfile.ZipFile(tmp_path / "a.zip") as old, zipfile.ZipFile(tmp_path / "b.zip", "w") as new:
+        for name in old.namelist():
+            if not name.startswith("bg/"):
+                new.writestr(name, old.read(name))
+        for number in numbers:
+            new.writestr(f"bg/bg_{number}.png", encode(made[0]["bg"]))
+    assert "expected backgrounds from 1 on" in message(ValueError, tmp_path / "b.zip")
+
+
+def test_a_set_whose_end_is_missing_goes_by_the_recipe_or_is_refused(write_zip, tmp_path):
+    samples = [(b, f, n) for b in (1, 2) for f in (1, 2) for n in range(40)]  # 80 samples for each background
+    made = write_zip(tmp_path / "a.zip", "deepjyoti", samples=samples)
+    folders = ("image/fg_bg_", "mask/fg_bg_mask_", "depthmap/depth_")
+    last = {f"{folder}{n}.png" for n in range(156, 161) for folder in folders}
+    write_zip(tmp_path / "b.zip", "deepjyoti", samples=samples, without=last)
+    ds = ZipDataset(tmp_path / "b.zip", size=24)
+    assert ds.bg_id.tolist() == [one["b"] for one in made[:155]] and np.unique(ds.fg_id).tolist() == [0, 1]
+    write_zip(tmp_path / "c.zip", "deepjyoti", without={f"{folder}{n}.png" for n in range(18, 25) for folder in folders})
+    assert "with the same number of samples" in message(ValueError, tmp_path / "c.zip")  # 17 samples, 3 backgrounds
