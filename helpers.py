@@ -1483,7 +1483,7 @@ def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
             bar.set_postfix_str(config.name)
             done = run(config, quiet=True)
             (done.folder / "checkpoint.pt").unlink(missing_ok=True)
-            for epoch in sorted((done.folder / "images").iterdir())[:-1]:
+            for epoch in sorted((done.folder / "images").glob("epoch_*"))[:-1]:
                 shutil.rmtree(epoch)
             bar.update()
             return done

@@ -274,6 +274,41 @@ def test_a_run_cut_off_before_its_first_checkpoint_starts_anew(config, place):
     assert_same_run(place / "first", place / "again")
 
 
+def test_a_list_of_runs_is_trained_once_and_keeps_little(config, place, monkeypatch, capsys):
+    one, other = renamed(config, name="one"), renamed(config, name="other", seed=1)
+    runs = helpers.run_all({"one": [one], "both": [one, other]})
+    assert "epoch 1/3" not in capsys.readouterr().out
+    assert runs["one"][0].results == runs["both"][0].results == run(renamed(config, name="alone")).results
+    assert runs["both"][1].results != runs["one"][0].results
+    for name in ("one", "other"):
+        files = {path.name for path in (place / name).iterdir()}
+        assert files == {"config.json", "metrics.csv", "timing.csv", "best.pt", "results.json", "images"}
+        assert [path.name for path in (place / name / "images").iterdir()] == ["epoch_003"]
+    monkeypatch.setitem(MODELS, "tiny", None)
+    assert helpers.run_all({"both": [one, other]})["both"][1].history == runs["both"][1].history
+
+
+def test_a_zip_that_was_written_anew_is_opened_anew(write_zip, tmp_path):
+    path = tmp_path / "data.zip"
+    for number in (1, 2):
+        path.unlink(missing_ok=True)
+        write_zip(path, samples=[(b, 1, 1) for b in range(number)], size=16)
+        os.utime(path, (number, number))
+        assert len(helpers.open_zip(path, 16)) == number
+    assert helpers.open_zip(path, 16) is helpers.open_zip(path, 16)
+
+
+def test_one_value_that_is_not_a_number_is_not_averaged_away(data):
+    class Broken(torch.nn.Module):
+        def forward(self, bg, fg_bg):
+            depth = torch.full_like(bg[:, :1], 0.5)
+            depth[0] = torch.nan
+            return depth, depth
+
+    means = helpers.score(Broken(), ZipDataset(data, size=16), {"all": np.arange(4)}, "float32")["all"]
+    assert np.isnan(means["rmse"]) and np.isnan(means["mae"]) and not np.isnan(means["iou"])
+
+
 def test_a_finished_run_is_read_and_nothing_is_trained(config, place, monkeypatch, capsys):
     finished = run(config)
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
