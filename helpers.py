@@ -1284,7 +1284,7 @@ class Run:
 @functools.lru_cache(maxsize=2)
 def _open_zip(path: Path, size: int, depth_near: str, subset: int, changed: int) -> ZipDataset:
     ds = ZipDataset(path, size, depth_near=depth_near)
-    return ds.subset(min(subset, len(ds))) if subset else ds
+    return ds.subset(subset) if 0 < subset < len(ds) else ds
 
 
 def open_zip(path: str | Path, size: int = 64, depth_near: str = "dark", subset: int = 0) -> ZipDataset:
@@ -1381,9 +1381,9 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     last whole epoch, on a CPU to the same result as if it never had been, on a GPU up to rounding; finished, it is read and
     nothing is trained.
     In it: `config.json`; `metrics.csv`, a row an epoch; `timing.csv`, the seconds, apart because no two runs share them;
-    `checkpoint.pt`, all that is needed to go on; `best.pt`, the weights of the least validation
-    loss; `results.json`, the metrics of those weights on all but the training samples, once finished; and
-    `images/epoch_NNN/`, for four training and four test samples the inputs, the truth and the predictions.
+    `checkpoint.pt`, all that is needed to go on; `best.pt`, the weights of the least validation loss; `results.json`, the
+    metrics of those weights on all but the training samples, once finished; and `images/epoch_NNN/`, for four training and
+    four test samples the inputs, the truth and the predictions.
 
     Args:
         config: what to do.
@@ -1660,7 +1660,7 @@ def predict_images(weights: str | Path, bg: str | Path, image: str | Path, folde
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{image.stem}_{kind}.png" for kind in ("mask", "depth")]
     for picture, file in zip((mask, depth), files, strict=True):
-        to_pil_image((picture[0].cpu() * 255).round().byte()).save(file)
+        _save_picture(picture[0].cpu(), file)
     pictures = {"bg": photos[0], "fg_bg": photos[1], "mask": mask[0].cpu(), "depth": depth[0].cpu()}
     return Prediction(*files, _show_four(pictures))
 
@@ -1795,8 +1795,9 @@ def compare_predictions(
     side = 1.5 if len(models) < 8 else 1.2
     figure, axes = _grid(len(kinds) * len(indices), 2 + len(models), ("input", "truth", *models), side)
     for row, (i, kind) in zip(axes, itertools.product(range(len(indices)), kinds), strict=True):
-        photo, metric, title = ("fg_bg", "iou", "IoU") if kind == "mask" else ("bg", "rmse", "RMSE")
-        _draw(row[0], "fg_bg" if len(kinds) == 1 else photo, batches[0]["fg_bg" if len(kinds) == 1 else photo][i])
+        metric, title = ("iou", "IoU") if kind == "mask" else ("rmse", "RMSE")
+        photo = "fg_bg" if kind == kinds[0] else "bg"  # with two rows a sample, there is room for both photos
+        _draw(row[0], photo, batches[0][photo][i])
         drawn = _draw(row[1], kind, batches[0][kind][i])
         for axis, batch in zip(row[2:], batches, strict=True):
             _draw(axis, kind, batch[f"{kind}_predicted"][i])
@@ -1818,16 +1819,14 @@ def plot_history(runs: dict[str, Run | Sequence[Run]], metrics: Sequence[str] = 
     colours = plt.get_cmap("tab10" if len(runs) <= 10 else "tab20").colors
     for metric, axis in zip(metrics, np.atleast_1d(axes), strict=True):
         for (label, seeds), colour in zip(runs.items(), itertools.cycle(colours)):
-            values = {
-                key: np.array([[row[key] for row in one.history] for one in _several(seeds)])
-                for key in (f"valid_{metric}", "train_loss")
-            }
-            valid = values[f"valid_{metric}"]
+            histories = [one.history for one in _several(seeds)]
+            valid = np.array([[row[f"valid_{metric}"] for row in history] for history in histories])
             epochs = np.arange(1, valid.shape[1] + 1)
             axis.plot(epochs, valid.mean(0), marker=".", label=label, color=colour)
             axis.fill_between(epochs, valid.min(0), valid.max(0), color=colour, alpha=0.12, linewidth=0)
             if metric == "loss":
-                axis.plot(epochs, values["train_loss"].mean(0), "--", color=colour, alpha=0.6)
+                train = np.array([[row["train_loss"] for row in history] for history in histories])
+                axis.plot(epochs, train.mean(0), "--", color=colour, alpha=0.6)
         axis.set(title=TITLES.get(metric, metric), xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
@@ -1896,6 +1895,11 @@ def results_table(
     return HTML(_SORT + "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>")
 
 
+def _save_picture(picture: Tensor, path: Path) -> None:
+    """Writes a picture (C, H, W) with values in [0, 1] in 8 bit."""
+    to_pil_image((picture * 255).round().byte()).save(path)
+
+
 def _save_images(folder: Path, model: nn.Module, ds: ZipDataset, watched: dict[str, np.ndarray], precision: str) -> None:
     """Writes inputs, truth and predictions of the watched samples: single pictures, 8 bit and as the network's values are,
     and `sheet.png` with a row a sample and depth in colours. The folder appears only once it is whole."""
@@ -1903,16 +1907,13 @@ def _save_images(folder: Path, model: nn.Module, ds: ZipDataset, watched: dict[s
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
 
-    def save(picture: Tensor, path: Path) -> None:
-        to_pil_image((picture * 255).round().byte()).save(path)
-
     kinds, tiles = ("bg", "fg_bg", "mask", "mask_predicted", "depth", "depth_predicted"), []
     for name, indices in watched.items():
         batch = _predict_batch(model, ds, indices, precision)
         for i, index in enumerate(indices):
             for kind in kinds:
                 picture = batch[kind][i]
-                save(picture, part / f"{name}_{ds.name(index)}_{kind}.png")
+                _save_picture(picture, part / f"{name}_{ds.name(index)}_{kind}.png")
                 if kind.startswith("depth"):
                     picture = torch.from_numpy(plt.get_cmap("viridis")(picture[0].numpy())[..., :3]).permute(2, 0, 1)
                 tiles.append(picture.float().expand(3, -1, -1))
@@ -1921,6 +1922,6 @@ def _save_images(folder: Path, model: nn.Module, ds: ZipDataset, watched: dict[s
     for i, kind in enumerate(kinds):
         ImageDraw.Draw(head).text((i * (ds.size + 2) + 2, 0), kind.replace("_", " "), fill="black")
     head = torch.from_numpy(np.array(head) / np.float32(255)).expand(3, -1, -1)
-    save(torch.cat([head, sheet], 1), part / "sheet.png")
+    _save_picture(torch.cat([head, sheet], 1), part / "sheet.png")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
