@@ -6,9 +6,11 @@ pictures are uint8 while they are stored and float in [0, 1] once they reach a n
 and grows with distance.
 """
 
+import array
 import collections
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -16,10 +18,13 @@ import html
 import io
 import itertools
 import json
+import math
+import mmap
 import os
 import platform
 import re
 import shutil
+import struct
 import sys
 import time
 import warnings
@@ -30,10 +35,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import accelerate
 import matplotlib.pyplot as plt
 import numpy as np
+import PIL
 import psutil
+import simplejpeg
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from IPython import get_ipython
@@ -41,12 +50,20 @@ from IPython.display import HTML
 from PIL import Image, ImageDraw, ImageOps
 from pytorch_msssim import ssim as msssim_ssim
 from torch import Tensor, nn
-from torchvision.transforms.v2 import ColorJitter
+from torch.distributed.nn.functional import all_reduce
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on a GPU too: TF32 moves SSIM by hundredths
+torch.backends.cudnn.benchmark = True  # all batches are alike: cuDNN may try its ways once and take the fastest
+
+# Training on a CPU at 192 pixels spends a fifth of its time on fresh pages: glibc gives large blocks back to the system at
+# once and asks for them again in the next step. Told to keep them (mallopt's M_MMAP_MAX and M_TRIM_THRESHOLD), it does not.
+with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries
+    glibc = ctypes.CDLL(None)
+    glibc.mallopt(-4, 0)
+    glibc.mallopt(-1, 2**31 - 1)
 
 # ---------- Where it runs ---------------------------------------------------------------------------------------------
 
@@ -58,7 +75,10 @@ if SCALE not in ("quick", "full"):
 
 def environment() -> str:
     """What this runs on, in a line: versions, device and scale."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    gpus = torch.cuda.device_count()
+    device = f"{gpus} GPUs" if gpus else f"CPU, {os.cpu_count()} cores"
+    if gpus == 1:  # to ask several for their names would keep accelerate's launcher from starting a process for each
+        device = torch.cuda.get_device_name()
     packages = f"torch {torch.__version__}, torchvision {torchvision.__version__}, numpy {np.__version__}"
     return f"Python {platform.python_version()}, {packages}; {device}; scale: {SCALE}"
 
@@ -119,14 +139,44 @@ def data_zip(path: str | Path = "") -> Path:
         found = workspace() / "scenes.zip"
         if not found.exists():
             return ROOT / "assets" / "sample.zip"
-    if found.is_dir() or DRIVE not in found.resolve().parents:
-        return found
-    local, there = DRIVE.parent / found.name, found.stat()
-    if not local.exists() or (local.stat().st_size, int(local.stat().st_mtime)) != (there.st_size, int(there.st_mtime)):
-        with _replacing(local) as part:
-            shutil.copyfile(found, part)
-            os.utime(part, (there.st_atime, there.st_mtime))
+    return found if found.is_dir() or DRIVE not in found.resolve().parents else _copy_from_drive(found)
+
+
+def _copy_from_drive(path: Path) -> Path:
+    """A copy of the file on the local disk, made with a progress bar and checked, unless there is one already. The file itself,
+    and a line that says so, where the disk has too little room. Raises OSError where the copy is not what was read."""
+    there, local = path.stat(), cache_folder() / path.name
+    if local.exists() and (local.stat().st_size, int(local.stat().st_mtime)) == (there.st_size, int(there.st_mtime)):
+        return local
+    local.with_name(local.name + ".part").unlink(missing_ok=True)  # of a copy that was interrupted
+    if there.st_size > _MOST["disk"] * _free_disk(local):
+        print(f"{path} is read from Drive, slowly: {there.st_size / 1e9:.1f} GB, too much for a copy on the local disk.")
+        return path
+    local.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(local) as part:
+        about = {"desc": f"copying {path.name}", "unit": "B", "unit_scale": True, "leave": False, "file": sys.stdout}
+        with open(path, "rb") as source, open(part, "wb") as copy, tqdm(total=there.st_size, **about) as bar:
+            digest = hashlib.blake2b()
+            while block := source.read(2**24):
+                copy.write(block)
+                digest.update(block)
+                bar.update(len(block))
+        with open(part, "rb") as copy:
+            if hashlib.file_digest(copy, "blake2b").digest() != digest.digest() or part.stat().st_size != there.st_size:
+                raise OSError(f"{local} is not what Drive holds in {path}. Run this again to copy it anew.")
+        os.utime(part, (there.st_atime, there.st_mtime))
     return local
+
+
+def cache_folder() -> Path:
+    """The folder on the local disk for what can be made again: copies of zips on Drive and decoded pictures. It is
+    `mask-and-depth` in the user's cache folder (the environment variable XDG_CACHE_HOME, else ~/.cache), and may be deleted."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mask-and-depth"
+
+
+def _free_disk(folder: Path) -> int:
+    """Bytes that are free where the folder is, or will be."""
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
 
 
 @contextlib.contextmanager
@@ -143,65 +193,49 @@ KINDS = ("bg", "fg_bg", "mask", "depth")
 CHANNELS = {"bg": 3, "fg_bg": 3, "mask": 1, "depth": 1}
 
 
-# How the published data sets name their pictures; a leading folder may wrap it all, and .jpg, .jpeg or .png follows. The
-# groups are numbers: what they stand for is in `_ids`. In roshantac a table says which pictures belong together.
+# How the published data sets name their pictures, in the order of KINDS, # being a number; a leading folder may wrap it all,
+# and .jpg, .jpeg or .png follows. What the numbers stand for is in `_ids`. In roshantac a table says what belongs together.
 LAYOUTS = {
-    "raguram": {
-        "bg": r"bg_images/Image_(\d+)",
-        "fg_bg": r"fg_bg/Image_(\d+)_(\d+)_(\d+)",
-        "mask": r"fg_bg_mask/Image_(\d+)_(\d+)_(\d+)",
-        "depth": r"fg_bg_depth/Image_(\d+)_(\d+)_(\d+)",
-    },
-    "mpaditya": {
-        "bg": r"bg_192/bg192_(\d+)",
-        "fg_bg": r"fg_bg/bg192_(\d+)_fg(\d+)",
-        "mask": r"mask/bg192_(\d+)_fg(\d+)",
-        "depth": r"fg_bg_depth_full/bg192_(\d+)_fg(\d+)",
-    },
-    "deepjyoti": {
-        "bg": r"bg/bg_(\d+)",
-        "fg_bg": r"image/fg_bg_(\d+)",
-        "mask": r"mask/fg_bg_mask_(\d+)",
-        "depth": r"depthmap/depth_(\d+)",
-    },
-    "roshantac": {"table": r"label_data\.csv"},
-    "modest": {
-        "bg": r"bg/bg(\d+)",
-        "fg_bg": r"bg_fg/bg(\d+)_fg(\d+)_(\d+)",
-        "mask": r"bg_fg_mask/bg(\d+)_fg(\d+)_(\d+)_mask",
-        "depth": r"bg_fg_depth_map/bg(\d+)_fg(\d+)_(\d+)_depth_map",
-    },
-    "akshat": {
-        "bg": r"bg/bg_(\d+)",
-        "fg_bg": r"fg_bg/bg_(\d+)/img_(\d+)",
-        "mask": r"fg_bg_mask/bg_(\d+)/img_(\d+)",
-        "depth": r"fg_bg_depth/bg_(\d+)/img_(\d+)",
-    },
+    "raguram": ("bg_images/Image_#", "fg_bg/Image_#_#_#", "fg_bg_mask/Image_#_#_#", "fg_bg_depth/Image_#_#_#"),
+    "mpaditya": ("bg_192/bg192_#", "fg_bg/bg192_#_fg#", "mask/bg192_#_fg#", "fg_bg_depth_full/bg192_#_fg#"),
+    "deepjyoti": ("bg/bg_#", "image/fg_bg_#", "mask/fg_bg_mask_#", "depthmap/depth_#"),
+    "roshantac": ("label_data.csv",),
+    "modest": ("bg/bg#", "bg_fg/bg#_fg#_#", "bg_fg_mask/bg#_fg#_#_mask", "bg_fg_depth_map/bg#_fg#_#_depth_map"),
+    "akshat": ("bg/bg_#", "fg_bg/bg_#/img_#", "fg_bg_mask/bg_#/img_#", "fg_bg_depth/bg_#/img_#"),
 }
+TABLE = LAYOUTS["roshantac"]
 
 
-def _pattern(layout: str, kind: str) -> re.Pattern:
-    """The regular expression that a whole path of this kind matches."""
-    extension = "" if kind == "table" else r"\.(?:jpe?g|png)"
-    return re.compile(rf"(?:.*/)?{LAYOUTS[layout][kind]}{extension}", re.IGNORECASE)
+def _pattern(name: str) -> re.Pattern:
+    """The regular expression that a whole path of this name in LAYOUTS matches."""
+    extension = "" if name in TABLE else r"\.(?:jpe?g|png)"
+    return re.compile(rf"(?:.*/)?{re.escape(name)}{extension}".replace(r"\#", r"(\d+)"), re.IGNORECASE)
+
+
+CACHES = ("gpu", "memory", "disk", "none")  # where decoded pictures are kept, the fastest first
+_MOST = {"gpu": 0.6, "memory": 0.75, "disk": 0.75}  # of what is free there; training needs some too
 
 
 class ZipDataset(torch.utils.data.Dataset):
     """The samples of a data set zip, read from memory and never unpacked to disk. Or of a folder that holds the same files
     unpacked, or in several zips (a zip's name then stands for a folder around its files).
 
-    The zip's bytes are mapped into memory, where all processes share them; the directory becomes a few arrays. Every
-    picture is decoded when it is first asked for and kept as uint8 at the working size, where half of the free memory can
-    hold the set, so that later epochs only index tensors.
+    The zip's bytes are mapped into memory, where all processes share them; the directory becomes one array. Every picture is
+    decoded when it is first asked for, by as many threads as torch uses, and kept as uint8 at the working size, so that
+    later epochs only index tensors.
 
     `ds[i]` is a dict: `bg` and `fg_bg` (3, size, size), `mask` and `depth` (1, size, size), float32 in [0, 1], and `name`.
     `ds.bg_id` and `ds.fg_id` are int arrays with one entry a sample; -1 is unknown. A mirrored object has the object's id.
+    `ds.cache` is the place where decoded pictures are kept, `ds.place` says so in a sentence.
 
     Args:
         path: the zip, or the folder.
         size: pictures are resized to size x size pixels, with antialiasing; masks by area, then cut at one half.
         layout: a name in LAYOUTS; None recognises the layout from the file names.
         depth_near: whether near is "dark" or "bright" in the zip's depth pictures; "bright" is turned round.
+        cache: where decoded pictures are kept: on the "gpu", in "memory", in a file on the local "disk" that is found again
+            the next time, or nowhere ("none": only the backgrounds, which many samples share). "auto" is the first of these
+            that has room. Where one is asked for that has too little, the next that has enough is taken.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -209,43 +243,60 @@ class ZipDataset(torch.utils.data.Dataset):
             read: a picture that cannot be decoded. The message names the file.
     """
 
-    def __init__(self, path: str | Path, size: int = 64, layout: str | None = None, depth_near: str = "dark"):
+    def __init__(
+        self,
+        path: str | Path,
+        size: int = 64,
+        layout: str | None = None,
+        depth_near: str = "dark",
+        cache: str = "auto",
+    ):
         if depth_near not in ("dark", "bright"):
             raise ValueError(f"depth_near is {depth_near!r}; it can be 'dark' or 'bright'.")
         if size < 1:
             raise ValueError(f"size is {size}; a picture needs at least one pixel.")
         if layout is not None:
             _known(layout, LAYOUTS, "layout")
-        self.path, self.size, self.depth_near = Path(path), size, depth_near
-        self._archives, names, self._files = _read_directory(self.path)
-        self._names = np.array([name.encode() for name in names])
+        _known(cache, ("auto", *CACHES), "cache")
+        self.path, self.size, self.depth_near, self._wanted = Path(path), size, depth_near, cache
+        self._archives, self._files, names, self.fingerprint = _read_directory(self.path)
+        self._loose = [] if self._archives else names
         self._map()
         self.layout = layout or _recognise_layout(self.path, names)
-        if "table" in LAYOUTS[self.layout]:
-            table = next((i for i, name in enumerate(names) if _pattern(self.layout, "table").fullmatch(name)), None)
+        rows = self._match(names)
+        _warn_of_unused(self.path, names, rows)
+        self._choose(rows)
+        del names, rows
+        with contextlib.suppress(AttributeError, NameError):  # else glibc keeps what a million names took, for later
+            glibc.malloc_trim(0)
+
+    def _match(self, names: Sequence[str]) -> np.ndarray:
+        """Which files make a sample: rows (samples, 4). And whose they are: the ids of backgrounds and objects."""
+        if LAYOUTS[self.layout] == TABLE:
+            table = next((i for i, name in enumerate(names) if _pattern(*TABLE).fullmatch(name)), None)
             if table is None:
                 raise ValueError(f"{self.path} holds no label_data.csv, which the layout {self.layout} needs.")
-            rows, self.bg_id, self.fg_id = _match_table(f"{self.path}: {names[table]}", names, self._read(table))
+            content = bytes(self._read(table))
+            rows, bg_id, fg_id = _match_table(f"{self.path}: {names[table]}", names, content)
         else:
-            rows, self.bg_id, self.fg_id = _match_names(self.path, names, self.layout)
-        _warn_of_unused(self.path, names, rows)
-        self.fingerprint = f"{zlib.crc32(self._files['crc'].tobytes(), zlib.crc32(self._names.tobytes())):08x}"
-        self._choose(rows)
+            rows, bg_id, fg_id = _match_names(self.path, names, self.layout)
+        self.bg_id, self.fg_id = (ids.astype(np.int32 if ids.max() < 2**31 else np.int64) for ids in (bg_id, fg_id))
+        return rows
 
     def _map(self) -> None:
-        self._bytes = [np.memmap(archive, np.uint8, "r") for archive in self._archives]
+        self._bytes = [_map_file(archive) for archive in self._archives]
 
     def _choose(self, rows: np.ndarray) -> None:
-        """Makes these the samples, rows (samples, 4) of the bg, fg_bg, mask and depth files, and makes room for pictures."""
-        self._rows = rows
-        self._slot = {kind: np.unique(rows[:, k], return_inverse=True)[1] for k, kind in enumerate(KINDS)}
-        counts = {kind: int(slot.max()) + 1 for kind, slot in self._slot.items()}
-        needed = sum(count * CHANNELS[kind] * self.size**2 for kind, count in counts.items())
-        self.cached = needed < psutil.virtual_memory().available / 2
-        if self.cached:
-            rooms = {kind: self._empty(kind, count) for kind, count in counts.items()}
-            self._store = {kind: store for kind, (store, _) in rooms.items()}
-            self._ready = {kind: ready for kind, (_, ready) in rooms.items()}
+        """Makes these the samples, rows (samples, 4) of the bg, fg_bg, mask and depth files."""
+        pairs = [np.unique(rows[:, k], return_inverse=True) for k in range(len(KINDS))]
+        self._file = {kind: files.astype(np.int32) for kind, (files, _) in zip(KINDS, pairs, strict=True)}
+        self._slot = {kind: slots.astype(np.int32) for kind, (_, slots) in zip(KINDS, pairs, strict=True)}
+        self._cache = None
+        if not torch.cuda.is_available():  # at once, for worker processes to share it; on a GPU when first used
+            self._plan_cache()
+
+    def _rows(self, indices: np.ndarray) -> np.ndarray:
+        return np.stack([self._file[kind][self._slot[kind][indices]] for kind in KINDS], 1)
 
     def subset(self, n: int, seed: int = 0) -> "ZipDataset":
         """The data set cut to n samples, spread evenly over the backgrounds and, on each, over the objects (report 4 took
@@ -271,11 +322,11 @@ class ZipDataset(torch.utils.data.Dataset):
         part = object.__new__(ZipDataset)
         part.__dict__.update(self.__dict__)
         part.bg_id, part.fg_id = self.bg_id[taken], self.fg_id[taken]
-        part._choose(self._rows[taken])
+        part._choose(self._rows(taken))
         return part
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.bg_id)
 
     def __getitem__(self, i: int) -> dict[str, Tensor | str]:
         if not -len(self) <= i < len(self):
@@ -284,9 +335,8 @@ class ZipDataset(torch.utils.data.Dataset):
         return {kind: batch[kind][0] for kind in KINDS} | {"name": self.name(i)}
 
     def __getstate__(self) -> dict:
-        # A worker process maps the file again and decodes on its own, instead of receiving copies of bytes and pictures.
-        state = self.__dict__ | {"_bytes": [], "cached": False}
-        return {name: value for name, value in state.items() if name not in ("_store", "_ready")}
+        # A process that receives a copy maps the file again and decodes on its own: bytes and pictures are not sent.
+        return self.__dict__ | {"_bytes": [], "_cache": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -294,143 +344,455 @@ class ZipDataset(torch.utils.data.Dataset):
 
     def name(self, i: int) -> str:
         """The sample's name: that of its fg_bg file within the folder of its kind, without extension."""
-        levels = LAYOUTS[self.layout].get("fg_bg", "/").count("/")
-        return "_".join(Path(self._names[self._rows[i, 1]].decode()).with_suffix("").parts[-levels:])
+        levels = 1 if LAYOUTS[self.layout] == TABLE else LAYOUTS[self.layout][1].count("/")
+        path = self._name(self._file["fg_bg"][self._slot["fg_bg"][i]])
+        return "_".join(path.rpartition(".")[0].split("/")[-levels:])
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The samples as uint8 tensors (len(indices), channels, size, size); mask is 0 or 1, depth 255 is far."""
-        indices = np.asarray(indices)
-        return {kind: self._pictures(kind, indices) for kind in KINDS}
+    def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The samples as uint8 tensors (len(indices), channels, size, size) on the device, in the memory order that suits
+        convolutions; mask is 0 or 1, depth 255 is far."""
+        indices, device, batch = np.asarray(indices), torch.device(device), {}
+        for kind in KINDS:
+            pictures = self._pictures(kind, indices)
+            if device.type == "cuda" and pictures.device.type == "cpu":
+                pictures = pictures.pin_memory()  # from pinned memory the copy runs beside the training
+            batch[kind] = pictures.to(device, non_blocking=True).permute(0, 3, 1, 2)
+        return batch
 
     def _pictures(self, kind: str, indices: np.ndarray) -> Tensor:
-        files = self._rows[indices, KINDS.index(kind)]
-        if self.cached:
-            slots, store, ready = self._slot[kind][indices], self._store[kind], self._ready[kind]
-        else:  # each file once, in a store of this batch's own
-            slots = np.unique(files, return_inverse=True)[1]
-            store, ready = self._empty(kind, len(files))
-        first = np.unique(slots, return_index=True)[1]
-        first = first[~ready[slots[first]]]
+        """(len(indices), size, size, channels), from the cache as far as it goes."""
+        slots, cache = self._slot[kind][indices], self._plan_cache().open()
+        if kind not in cache.pictures:
+            unique, order = np.unique(slots, return_inverse=True)
+            if len(unique) == len(slots):
+                return self._decode_all(kind, self._file[kind][slots])
+            return self._decode_all(kind, self._file[kind][unique]).index_select(0, torch.from_numpy(order))
+        pictures, ready = cache.pictures[kind], cache.ready[kind]
+        missing = np.unique(slots[~ready[slots]])
+        if len(missing):
+            decoded = self._decode_all(kind, self._file[kind][missing])
+            pictures.index_copy_(0, torch.from_numpy(missing).long().to(pictures.device), decoded.to(pictures.device))
+            ready[missing] = True
+        return pictures.index_select(0, torch.from_numpy(slots).to(pictures.device, non_blocking=True))
 
-        def decode(i: int) -> None:
-            store[slots[i]] = self._decode(files[i], kind)
+    def _plan_cache(self) -> "_Cache":
+        if self._cache is None:
+            content = hashlib.blake2b(self.fingerprint.encode(), digest_size=8)
+            for kind in KINDS:
+                content.update(self._file[kind].tobytes())
+            if not self._archives:  # files of the same size may differ; these are the times when they were written
+                content.update(self._files["offset"].tobytes())
+            wanted = self._wanted
+            if torch.utils.data.get_worker_info() is not None and wanted in ("auto", "gpu", "memory"):
+                wanted = "none"  # what a worker process keeps for itself, the others would decode and keep once more
+            versions = f"simplejpeg {simplejpeg.__version__} Pillow {PIL.__version__} torch {torch.__version__}"
+            key = f"{content.hexdigest()} {self.size} {self.depth_near} {versions}"
+            self._cache = _Cache(wanted, {kind: len(self._file[kind]) for kind in KINDS}, self.size, key)
+        return self._cache
 
-        if len(first):
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # JPEG decoding lets other threads run
-                list(pool.map(decode, first))
-        ready[slots[first]] = True
-        return store[slots]
+    @property
+    def cache(self) -> str:
+        """Where decoded pictures are kept: "gpu", "memory", "disk" or "none"."""
+        return self._plan_cache().open().place
 
-    def _empty(self, kind: str, count: int) -> tuple[Tensor, np.ndarray]:
-        """Room for so many pictures, and which of them are there. Pages of an empty tensor cost nothing until written."""
-        return torch.empty(count, CHANNELS[kind], self.size, self.size, dtype=torch.uint8), np.zeros(count, bool)
+    @property
+    def place(self) -> str:
+        """A sentence on where decoded pictures are kept and why."""
+        return self._plan_cache().open().sentence()
 
-    def _read(self, file: int) -> bytes:
-        entry = self._files[file]
-        if entry["archive"] < 0:
-            return (self.path / self._names[file].decode()).read_bytes()
-        archive = self._bytes[entry["archive"]]
-        header = archive[entry["offset"] : entry["offset"] + 30].tobytes()  # a zip entry's local header
-        start = entry["offset"] + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        raw = archive[start : start + entry["size"]].tobytes()
+    def _name(self, file: int) -> str:
+        archive, header, _ = self._files[file].item()
+        if archive < 0:
+            return self._loose[header]
+        (flags,), (size,) = (struct.unpack_from("<H", self._bytes[archive], header + at) for at in (8, 28))
+        raw = bytes(self._bytes[archive][header + HEADER.itemsize :][:size])
+        return _folder_of(self._archives[archive], self.path) + _entry_name(raw, flags)
+
+    def _read(self, file: int) -> memoryview | bytes:
+        archive, header, offset = self._files[file].item()
+        if archive < 0:
+            return (self.path / self._loose[header]).read_bytes()
+        data = self._bytes[archive]
+        method, crc, size = struct.unpack_from("<H4xLL", data, header + 10)
         try:
-            raw = zlib.decompress(raw, -zlib.MAX_WBITS) if entry["method"] == zipfile.ZIP_DEFLATED else raw
-            if zlib.crc32(raw) != entry["crc"]:
+            if size == 2**32 - 1:
+                size = _long_field(data, header, "size")
+            # The entry's other header, before its data, has a name and an extra field of lengths of its own.
+            start = offset + 30 + sum(struct.unpack_from("<HH", data, offset + 26))
+            raw = data[start : start + size]
+            if method == zipfile.ZIP_DEFLATED:
+                raw = zlib.decompress(raw, -zlib.MAX_WBITS)
+            if zlib.crc32(raw) != crc:
                 raise zlib.error("its checksum differs")
-        except zlib.error as error:
-            name = self._names[file].decode()
-            raise ValueError(f"{self.path}: {name} is damaged ({error}). Copy the zip anew.") from error
+        except (zlib.error, struct.error) as error:
+            raise ValueError(f"{self.path}: {self._name(file)} is damaged ({error}). Copy the zip anew.") from error
         return raw
 
-    def _decode(self, file: int, kind: str) -> Tensor:
+    def _decode_all(self, kind: str, files: np.ndarray) -> Tensor:
+        """The pictures of these files, (len(files), size, size, channels)."""
+        # Threads, since decoders let other threads run; as many as torch has, which is one in a worker process.
+        threads = torch.get_num_threads() if len(files) > 1 else 1
+        run = _decoders(os.getpid(), threads).map if threads > 1 else map
+        opened = list(run(functools.partial(self._open, kind), files.tolist()))
+        shapes = [shape for _, shape in opened]
+        result = torch.empty(len(files), self.size, self.size, CHANNELS[kind], dtype=torch.uint8)
+        for shape in set(shapes):  # mostly one
+            same = [i for i, other in enumerate(shapes) if other == shape]
+            pictures = torch.empty(len(same), *shape, CHANNELS[kind], dtype=torch.uint8)
+            sources = [opened[i][0] for i in same]
+            list(run(functools.partial(self._decode, kind), files[same].tolist(), sources, pictures.numpy()))
+            pictures = _resize_masks(pictures, self.size) if kind == "mask" else _resize(pictures, self.size)
+            if len(same) == len(files):
+                result = pictures
+            else:
+                result[same] = pictures
+        return 255 - result if kind == "depth" and self.depth_near == "bright" else result
+
+    def _scale(self, kind: str) -> dict[str, int]:
+        """What simplejpeg is asked for: pictures scaled to half their size or less, which saves time, but still twice as large
+        as needed, which keeps the difference small (README has it). Masks are decoded whole."""
+        return {} if kind == "mask" else {"min_height": 2 * self.size, "min_width": 2 * self.size, "min_factor": 2}
+
+    def _open(self, kind: str, file: int) -> tuple[memoryview | bytes | Image.Image, tuple[int, int]]:
+        """The bytes of a JPEG or else the opened picture, and how large it will be, (height, width)."""
         raw = self._read(file)
         try:
+            if raw[:2] == b"\xff\xd8":
+                return raw, simplejpeg.decode_jpeg_header(raw, **self._scale(kind))[:2]
             picture = Image.open(io.BytesIO(raw))
             if picture.mode.startswith("I"):
                 raise ValueError("it has 16 bits a pixel, and 8 are read")
-            picture = picture.convert("RGB" if CHANNELS[kind] == 3 else "L")
-        except Exception as error:  # Pillow's decoders raise many kinds
-            raise ValueError(f"{self.path}: {self._names[file].decode()} cannot be read as a picture ({error}).") from error
-        size = (self.size, self.size)
-        if kind == "mask":  # in float, as rounding to 8 bit would move pixels that are exactly half object
-            return torch.from_numpy(np.array(picture.convert("F").resize(size, Image.Resampling.BOX)) > 127.5).byte()[None]
-        pixels = torch.from_numpy(np.array(picture.resize(size, Image.Resampling.BILINEAR)))
-        pixels = pixels.view(*size, -1).permute(2, 0, 1)
-        return 255 - pixels if kind == "depth" and self.depth_near == "bright" else pixels
+            return picture, (picture.height, picture.width)
+        except Exception as error:  # decoders raise many kinds
+            raise self._unreadable(file, error) from error
+
+    def _decode(self, kind: str, file: int, opened: memoryview | bytes | Image.Image, room: np.ndarray) -> None:
+        """Writes what `_open` gave to `room` (height, width, channels)."""
+        colour = CHANNELS[kind] == 3
+        try:
+            if isinstance(opened, Image.Image):
+                room[:] = np.asarray(opened.convert("RGB" if colour else "L")).reshape(room.shape)
+            else:
+                simplejpeg.decode_jpeg(opened, "RGB" if colour else "GRAY", buffer=room, **self._scale(kind))
+        except Exception as error:
+            raise self._unreadable(file, error) from error
+
+    def _unreadable(self, file: int, error: Exception) -> ValueError:
+        return ValueError(f"{self.path}: {self._name(file)} cannot be read as a picture ({error}).")
 
 
-def _read_directory(path: Path) -> tuple[list[Path], list[str], np.ndarray]:
-    """The files of a zip, of a folder or of the zips in a folder, but for the litter of operating systems: the zips; the
-    files' names; and where each lies, which zip (-1: none) and the offset, size, method and checksum in it."""
+def _map_file(path: Path) -> memoryview:
+    """A file's bytes, in memory that all processes share. An empty file has none."""
+    with open(path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b"")
+
+
+@functools.lru_cache(maxsize=1)
+def _decoders(process: int, threads: int) -> ThreadPoolExecutor:
+    """The threads that decode; by process, because they do not live on in a forked one."""
+    return ThreadPoolExecutor(threads)
+
+
+def _resize(pictures: Tensor, size: int) -> Tensor:
+    """Bilinear, with antialiasing, in uint8: (n, height, width, channels) -> (n, size, size, channels)."""
+    n, height, width, channels = pictures.shape
+    if height == width == size:
+        return pictures
+    if channels == 1:  # torch takes as long for one channel as for four, so that four grey pictures go as one
+        planes = F.pad(pictures, (0,) * 7 + (-n % 4,)).view(-1, 4, height, width)
+        return F.interpolate(planes, (size, size), mode="bilinear", antialias=True).reshape(-1, size, size, 1)[:n]
+    planes = pictures.permute(0, 3, 1, 2)
+    return F.interpolate(planes, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+
+
+def _resize_masks(pictures: Tensor, size: int) -> Tensor:
+    """By area, then cut at one half: (n, height, width, 1) grey -> (n, size, size, 1), 0 or 1."""
+    n, height, width, _ = pictures.shape
+    if height == width == size:
+        return (pictures > 127).view(torch.uint8)
+    down, across = height // size, width // size
+    if (down * size, across * size) != (height, width):
+        area = F.interpolate(pictures.view(n, 1, height, width).float(), (size, size), mode="area")
+        return (area > 127.5).view(torch.uint8).view(n, size, size, 1)
+    # Blocks of whole pixels: added up slice by slice, they cost a fifth of that.
+    rows = sum(pictures.view(n, size, down, width)[:, :, i].int() for i in range(down))
+    blocks = sum(rows.view(n, size, size, across)[..., i] for i in range(across))
+    return (2 * blocks > 255 * down * across).view(torch.uint8).unsqueeze(3)
+
+
+class _Cache:
+    """Decoded pictures, uint8 (pictures, size, size, channels) for each kind, and which of them are there already.
+
+    Args:
+        wanted: a place in CACHES, or "auto". The next is taken where it has too little room.
+        counts: the pictures of each kind.
+        size: pixels a side.
+        key: what makes the pictures what they are, for a file on disk.
+    """
+
+    def __init__(self, wanted: str, counts: dict[str, int], size: int, key: str):
+        self._wanted, self._key = wanted, key
+        self._shapes = {kind: (count, size, size, CHANNELS[kind]) for kind, count in counts.items()}
+        # Pages that a crash of the machine kept from the disk would be black, so a file is good until the next start.
+        start = f"{round(psutil.boot_time(), -2):.0f}"
+        self._file = cache_folder() / f"{start}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pictures"
+        free = {"memory": psutil.virtual_memory().available, "disk": _free_disk(cache_folder())}
+        if dist.is_initialized():  # each of the processes has memory of its own
+            free["memory"] //= dist.get_world_size()
+        self._free = ({"gpu": torch.cuda.mem_get_info()[0]} if torch.cuda.is_available() else {}) | free
+        needed, first = _bytes_of(self._shapes), 0 if wanted == "auto" else CACHES.index(wanted)
+        self._places = [place for place in CACHES[first:-1] if needed < _MOST[place] * self._free.get(place, 0)]
+        if "disk" not in self._places and "disk" in CACHES[first:] and self._file.exists():
+            self._places.append("disk")
+        self._places.append("none")
+        self.pictures = self.ready = None
+        if self._places[0] == "memory":  # takes no room yet, but forked processes share it from now on
+            self.open()
+
+    def open(self) -> "_Cache":
+        """Takes the room, unless that is done, or the next place where there is less than was said to be free."""
+        while self.pictures is None:
+            try:
+                self._take(self._places[0])
+            except (OSError, torch.OutOfMemoryError):
+                del self._places[0]
+        return self
+
+    @property
+    def place(self) -> str:
+        return self._places[0]
+
+    def sentence(self) -> str:
+        """What the pictures need, where they are kept, and what is free."""
+        where = {"gpu": "kept on the GPU", "memory": "kept in memory", "disk": f"kept in {self._file}"}
+        where = where.get(self.place, "decoded each time anew")
+        if self._wanted not in ("auto", self.place):
+            where += f", as {self._wanted!r} has too little room"
+        room = ", ".join(f"{size / 1e9:.1f} GB {place}" for place, size in self._free.items())
+        needed, size = _bytes_of(self._shapes), self._shapes["bg"][1]
+        return f"{needed / 1e9:.2f} GB of pictures, {size} x {size} pixels, are {where} (free: {room})."
+
+    def _take(self, place: str) -> None:
+        shapes = self._shapes
+        if place == "none":  # the few backgrounds, which the samples share, find room in nearly any memory
+            shapes = {"bg": shapes["bg"]}
+            shapes = shapes if _bytes_of(shapes) < _MOST["memory"] * self._free["memory"] else {}
+        counts = {kind: shape[0] for kind, shape in shapes.items()}
+        if place == "gpu":
+            pictures = {kind: torch.empty(shape, dtype=torch.uint8, device=DEVICE) for kind, shape in shapes.items()}
+            self.pictures, self.ready = pictures, {kind: np.zeros(count, bool) for kind, count in counts.items()}
+            return
+        # Memory that forked processes share, or a file: a page for the key, what is ready, the pictures. Pages that nobody
+        # has written take no room.
+        length = 4096 + sum(counts.values()) + _bytes_of(shapes)
+        room = self._open_file(length, self._key.encode().ljust(4096)) if place == "disk" else mmap.mmap(-1, length)
+        at, pictures, ready = 4096, {}, {}
+        for kind, count in counts.items():
+            ready[kind] = np.frombuffer(room, bool, count, at)
+            at += count
+        for kind, shape in shapes.items():
+            pictures[kind] = torch.from_numpy(np.frombuffer(room, np.uint8, math.prod(shape), at).reshape(shape))
+            at += math.prod(shape)
+        self.pictures, self.ready = pictures, ready
+
+    def _open_file(self, length: int, head: bytes) -> mmap.mmap:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        for other in self._file.parent.glob("*.pictures*"):
+            if other.name.partition("-")[0] != self._file.name.partition("-")[0]:
+                other.unlink(missing_ok=True)
+        whole = self._file.exists() and self._file.stat().st_size == length
+        if whole:
+            with open(self._file, "rb") as file:
+                whole = file.read(len(head)) == head
+        if not whole:
+            part = self._file.with_name(f"{self._file.name}.{os.getpid()}")
+            with open(part, "wb") as file:
+                try:  # all its room at once: on a full disk, writing to a page would end the process
+                    reserve = getattr(os, "posix_fallocate", lambda descriptor, _, length: os.truncate(descriptor, length))
+                    reserve(file.fileno(), 0, length)
+                except OSError:
+                    part.unlink()
+                    raise
+                file.write(head)
+            os.replace(part, self._file)
+        with open(self._file, "r+b") as file:
+            return mmap.mmap(file.fileno(), length)
+
+
+def _bytes_of(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
+
+
+def _entry_name(raw: bytes, flags: int) -> str:
+    """A name in a zip is UTF-8 where bit 11 of the entry's flags says so, else in the code page of old PCs."""
+    return raw.decode("utf-8" if flags & 0x800 else "cp437")
+
+
+def _folder_of(archive: Path, path: Path) -> str:
+    """A zip in a folder stands for a folder around its files."""
+    return "" if archive == path else f"{archive.stem}/"
+
+
+# Where a file lies: in which zip, and there its header in the directory and its data. Without a zip: -1, its number, 0.
+FILES = np.dtype([("archive", np.int16), ("header", np.int64), ("offset", np.int64)])
+# A zip's directory has such a header for each entry, and name, extra field and comment after it. PKWARE, APPNOTE.TXT, 4.3.12.
+HEADER = np.dtype(
+    {
+        "names": ["signature", "flags", "method", "crc", "size", "unpacked", "name_size", "extra_size", "offset"],
+        "formats": ["<u4", "<u2", "<u2", "<u4", "<u4", "<u4", "<u2", "<u2", "<u4"],
+        "offsets": [0, 8, 10, 16, 20, 24, 28, 30, 42],
+        "itemsize": 46,
+    }
+)
+
+
+def _long_field(data: memoryview, header: int, field: str) -> int:
+    """What 4 bytes cannot say: in the zip64 extra field, 8 bytes for each of the three numbers that is given as 2**32 - 1."""
+    entry = np.frombuffer(data, HEADER, 1, header)[0]
+    extra = bytes(data[header + HEADER.itemsize + int(entry["name_size"]) :][: int(entry["extra_size"])])
+    while extra[:2] != b"\1\0":
+        extra = extra[4 + struct.unpack_from("<H", extra, 2)[0] :]
+    before = itertools.takewhile(lambda name: name != field, ("unpacked", "size", "offset"))
+    return struct.unpack_from("<q", extra, 4 + 8 * sum(int(entry[name] == 2**32 - 1) for name in before))[0]
+
+
+def _read_entries(data: memoryview) -> tuple[np.ndarray, np.ndarray]:
+    """The headers of a zip's entries, as HEADER, and where these lie, as FILES. zipfile would make an object of each entry,
+    770 MB for 1.2 million. Raises ValueError or struct.error where the bytes are not a whole zip."""
+    tail = bytes(data[-(2**16 + 22) :])  # has the end record, which a comment may follow
+    end = len(data) - len(tail) + tail.rfind(b"PK\5\6")
+    if b"PK\5\6" not in tail:
+        raise ValueError("its end is not there")
+    size, start = struct.unpack_from("<LL", data, end + 12)
+    if end >= 76 and data[end - 20 : end - 16] == b"PK\6\7":  # zip64: a second record, and what points to it
+        end -= 76
+        size, start = struct.unpack_from("<QQ", data, end + 40)
+    shift = end - size - start  # of all offsets, where something stands before the zip
+    if shift < 0:
+        raise ValueError(f"{-shift:,} bytes are not there")
+    positions, position = array.array("q"), end - size
+    while position < end:
+        positions.append(position)
+        position += HEADER.itemsize + sum(struct.unpack_from("<HHH", data, position + 28))
+    if position != end:
+        raise ValueError("its directory is damaged")
+    files = np.zeros(len(positions), FILES)
+    files["header"] = positions
+    # A header may lie at any byte: seen as if one began at each, those that do are picked.
+    headers = np.ndarray(max(0, len(data) - HEADER.itemsize + 1), HEADER, data, strides=1)[files["header"]]
+    if (headers["signature"] != int.from_bytes(b"PK\1\2", "little")).any():
+        raise ValueError("its directory is damaged")
+    files["offset"] = headers["offset"]
+    for i in np.flatnonzero(headers["offset"] == 2**32 - 1):
+        files["offset"][i] = _long_field(data, positions[i], "offset")
+    files["offset"] += shift
+    return headers, files
+
+
+def _read_directory(path: Path) -> tuple[list[Path], np.ndarray, list[str], str]:
+    """The files of a zip, of a folder or of the zips in a folder, but for the litter of operating systems: the zips; where
+    each file lies, as FILES; the files' names; and a fingerprint of names and contents."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder.")
     archives = sorted(path.glob("[!.]*.[zZ][iI][pP]")) if path.is_dir() else [path]
-    names, places = [], []
+    names, parts, checksums, odd = [], [], [], {}
     for number, archive in enumerate(archives):
         try:
-            with zipfile.ZipFile(archive) as opened:
-                entries = [entry for entry in opened.infolist() if not entry.is_dir()]
-        except zipfile.BadZipFile as error:
-            size = archive.stat().st_size
-            raise ValueError(f"{archive} is not a whole zip file ({size:,} bytes; {error}). Copy it anew.") from error
-        names += [f"{archive.stem}/{e.filename}" if path.is_dir() else e.filename for e in entries]
-        places += [(number, e.header_offset, e.compress_size, e.compress_type, e.CRC) for e in entries]
+            data = _map_file(archive)
+            headers, files = _read_entries(data)
+        except (ValueError, struct.error) as error:
+            raise ValueError(f"{archive} is not a whole zip file ({len(data):,} bytes; {error}). Copy it anew.") from error
+        before, files["archive"] = len(names), number
+        folder, starts = _folder_of(archive, path), (files["header"] + HEADER.itemsize).tolist()
+        for start, size, flags in zip(starts, headers["name_size"].tolist(), headers["flags"].tolist(), strict=True):
+            names.append(folder + _entry_name(bytes(data[start : start + size]), flags))
+        packed = ~np.isin(headers["method"], (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+        how = "is compressed in a way that is not read here. Store or deflate the files."
+        odd |= dict.fromkeys((before + np.flatnonzero(packed)).tolist(), how)
+        how = "is encrypted. Zip the files without a password."
+        odd |= dict.fromkeys((before + np.flatnonzero(headers["flags"] & 1)).tolist(), how)
+        parts.append(files)
+        checksums.append(headers["crc"])
     if not archives:
         found = sorted(file for file in path.rglob("*") if file.is_file())
         names = [file.relative_to(path).as_posix() for file in found]
+        parts = [np.zeros(len(found), FILES)]
+        parts[0]["archive"] = -1
+        parts[0]["offset"] = [file.stat().st_mtime_ns for file in found]
         # In place of a checksum, for which all files would have to be read, the size tells whether the data have changed.
-        places = [(-1, 0, size, -1, size % 2**32) for size in (file.stat().st_size for file in found)]
-    litter = re.compile(r"(^|/)(__MACOSX/|\.[^/]|Thumbs\.db$|desktop\.ini$)")
-    kept = [i for i, name in enumerate(names) if not litter.search(name)]
-    if not kept:
+        checksums = [np.array([file.stat().st_size % 2**32 for file in found], np.uint32)]
+    litter = re.compile(r"/$|(^|/)(__MACOSX/|\.[^/]|Thumbs\.db$|desktop\.ini$)")  # and a zip's entries for folders
+    kept = np.array([i for i, name in enumerate(names) if not litter.search(name)], int)
+    if not len(kept):
         raise ValueError(f"{path} holds no files. A data set has pictures of four kinds: bg, fg_bg, mask and depth.")
-    odd = [names[i] for i in kept if places[i][3] not in (-1, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]
-    if odd:
-        raise ValueError(f"{path}: {odd[0]} is compressed in a way that is not read here. Store or deflate the files.")
-    fields = [("archive", np.int16), ("offset", np.int64), ("size", np.int64), ("method", np.int16), ("crc", np.uint32)]
-    return archives, [names[i] for i in kept], np.array([places[i] for i in kept], dtype=fields)
+    files, names = np.concatenate(parts)[kept], [names[i] for i in kept]
+    first = next((k for k, i in enumerate(kept.tolist()) if i in odd), None)
+    if first is not None:
+        raise ValueError(f"{path}: {names[first]} {odd[kept[first]]}")
+    if not archives:
+        files["header"] = range(len(files))
+    content = hashlib.blake2b(np.concatenate(checksums)[kept].tobytes(), digest_size=8)
+    for name in names:
+        content.update(os.fsencode(name) + b"\n")
+    return archives, files, names, content.hexdigest()
 
 
 def _recognise_layout(path: Path, names: Sequence[str]) -> str:
-    """The layout that has a table in the zip, or else whose fg_bg pattern matches the most names."""
+    """The layout that has a table in the zip, or else whose fg_bg pattern matches the most names (of some thousands)."""
+    some = names if len(names) <= 10_000 else [names[i] for i in np.random.default_rng(0).integers(len(names), size=10_000)]
     counts = {}
     for layout, kinds in LAYOUTS.items():
-        found = sum(map(bool, map(_pattern(layout, "table" if "table" in kinds else "fg_bg").fullmatch, names)))
-        counts[layout] = len(names) if found and "table" in kinds else found
+        within, name = (names, *TABLE) if kinds == TABLE else (some, kinds[1])
+        found = sum(map(bool, map(_pattern(name).fullmatch, within)))
+        counts[layout] = len(names) if found and kinds == TABLE else found
     best = max(counts, key=counts.get)
     if counts[best]:
         return best
     examples = {name.rpartition("/")[0] or ".": name for name in names}
     found = ", ".join(list(examples.values())[:4])
-    known = "; ".join(
-        f"{layout} ({', '.join(name.partition('/')[0] for name in kinds.values())})" for layout, kinds in LAYOUTS.items()
-    ).replace("\\", "")
+    known = "; ".join(f"{layout} ({', '.join(name.partition('/')[0] for name in kinds)})" for layout, kinds in LAYOUTS.items())
     raise ValueError(f"{path}: no known layout. Found {len(names)} files such as {found}. Known layouts and folders: {known}.")
 
 
 def _match_names(path: Path, names: Sequence[str], layout: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which files make a sample, by the numbers in their names and in the order of these: rows (samples, 4), each sample's
     four files; ids of backgrounds and of objects."""
-    found = {}
-    for kind in KINDS:
-        pattern, found[kind] = _pattern(layout, kind), {}
+    files, numbers = {}, {}
+    for kind, name in zip(KINDS, LAYOUTS[layout], strict=True):
+        pattern, matching, found = _pattern(name), array.array("q"), array.array("q")
         for i, name in enumerate(names):
             if match := pattern.fullmatch(name):
-                key = tuple(map(int, match.groups()))
-                if key in found[kind]:
-                    raise ValueError(f"{path}: {names[found[kind][key]]} and {name} both claim to be one {kind}. Remove one.")
-                found[kind][key] = i
-    keys = sorted(found["fg_bg"])
-    if not keys:
+                if max(map(len, match.groups())) > 18:
+                    raise ValueError(f"{path}: the number in {name} is too large. Count the pictures from 1.")
+                matching.append(i)
+                found.extend(map(int, match.groups()))
+        files[kind], numbers[kind] = np.array(matching), np.array(found).reshape(-1, pattern.groups)
+    if not len(files["fg_bg"]):
         raise ValueError(f"{path}: none of its {len(names)} files is a fg_bg picture of the layout {layout}.")
-    bg_id, fg_id = _ids(path, layout, np.array(keys), sorted(b for (b,) in found["bg"]))
-    wanted = dict.fromkeys(KINDS, keys) | {"bg": [(b,) for b in bg_id.tolist()]}
-    for kind in ("bg", "mask", "depth"):
-        missing = [i for i, key in enumerate(wanted[kind]) if key not in found[kind]]
-        if missing:
-            first = names[found["fg_bg"][keys[missing[0]]]]
-            raise ValueError(f"{path}: {len(missing)} of {len(keys)} samples have no {kind}; the first is {first}.")
-    return np.array([[found[kind][key] for key in wanted[kind]] for kind in KINDS]).T, bg_id, fg_id
+    # The numbers of a name make one number, as digits do, and in its order the files of a sample find each other.
+    spans = [1 + max(int(numbers[kind][:, k].max(initial=0)) for kind in KINDS[1:]) for k in range(numbers["fg_bg"].shape[1])]
+    if math.prod(spans) >= 2**63:
+        raise ValueError(f"{path}: the numbers in its names go up to {max(spans) - 1}, which is too large. Count from 1.")
+    keys = {kind: numbers[kind] @ [math.prod(spans[k + 1 :]) for k in range(len(spans))] for kind in KINDS[1:]}
+    keys["bg"] = numbers["bg"][:, 0]
+    for kind in KINDS:
+        order = np.argsort(keys[kind], kind="stable")
+        keys[kind], files[kind], numbers[kind] = keys[kind][order], files[kind][order], numbers[kind][order]
+        double = np.flatnonzero(keys[kind][1:] == keys[kind][:-1])
+        if len(double):
+            both = " and ".join(names[i] for i in files[kind][double[0] : double[0] + 2])
+            raise ValueError(f"{path}: {both} both claim to be one {kind}. Remove one.")
+    bg_id, fg_id = _ids(path, layout, numbers["fg_bg"], keys["bg"].tolist())
+    rows = []
+    for kind in KINDS:
+        wanted = bg_id if kind == "bg" else keys["fg_bg"]
+        place = np.searchsorted(keys[kind], wanted)
+        missing = np.flatnonzero(np.append(keys[kind], -1)[place] != wanted)
+        if len(missing):
+            first = names[files["fg_bg"][missing[0]]]
+            raise ValueError(f"{path}: {len(missing)} of {len(wanted)} samples have no {kind}; the first is {first}.")
+        rows.append(files[kind][place])
+    return np.stack(rows, 1), bg_id, fg_id
 
 
 def _ids(path: Path, layout: str, numbers: np.ndarray, backgrounds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -464,9 +826,10 @@ def _match_table(where: str, names: Sequence[str], table: bytes) -> tuple[np.nda
     def tail(name: str) -> str:
         return "/".join(name.strip().replace("\\", "/").split("/")[-2:]).lower()
 
-    files, rows = collections.defaultdict(list), []
+    files, doubles, rows = {}, {}, []
     for i, name in enumerate(names):
-        files[tail(name)].append(i)
+        if files.setdefault(tail(name), i) != i:
+            doubles[tail(name)] = i
     try:
         lines = list(csv.reader(io.StringIO(table.decode("utf-8-sig", "replace")), delimiter=";"))
     except csv.Error as error:
@@ -479,11 +842,11 @@ def _match_table(where: str, names: Sequence[str], table: bytes) -> tuple[np.nda
         missing = [name for name in line if tail(name) not in files]
         if missing:
             raise ValueError(f"{where}, line {number}: {missing[0]} is not in the data set.")
-        double = next((files[tail(name)] for name in line if len(files[tail(name)]) > 1), None)
+        double = next((tail(name) for name in line if tail(name) in doubles), None)
         if double:
-            both = f"{names[double[0]]} and {names[double[1]]}"
+            both = f"{names[files[double]]} and {names[doubles[double]]}"
             raise ValueError(f"{where}, line {number}: {both} both claim to be one picture. Remove one.")
-        rows.append([files[tail(name)][0] for name in line])
+        rows.append([files[tail(name)] for name in line])
     if not rows:
         raise ValueError(f"{where} has no lines; expected one a sample.")
     if len({row[1] for row in rows}) < len(rows):
@@ -498,8 +861,9 @@ def _match_table(where: str, names: Sequence[str], table: bytes) -> tuple[np.nda
 
 
 def _warn_of_unused(path: Path, names: Sequence[str], rows: np.ndarray) -> None:
-    unused = set(range(len(names))) - set(rows.ravel().tolist())
-    unused = [names[i] for i in sorted(unused) if names[i].lower().endswith((".jpg", ".jpeg", ".png"))]
+    unused = np.ones(len(names), bool)
+    unused[rows] = False
+    unused = [names[i] for i in np.flatnonzero(unused) if names[i].lower().endswith((".jpg", ".jpeg", ".png"))]
     if unused:
         warnings.warn(f"{path}: {len(unused)} pictures belong to no sample, {unused[0]} the first of them.", stacklevel=3)
 
@@ -1171,11 +1535,13 @@ def baselines(ds: ZipDataset, train: np.ndarray) -> Baseline:
 
 # ---------- Runs: a Config says everything, a folder holds everything -------------------------------------------------
 
+# Fused, an optimiser's step is one kernel on a GPU, and with float16 does not wait for the scaler. A CPU gains nothing by it.
+FUSED = DEVICE.type == "cuda"
 OPTIMIZERS = {
-    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9, fused=FUSED),
     "rmsprop": torch.optim.RMSprop,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
+    "adam": functools.partial(torch.optim.Adam, fused=FUSED),
+    "adamw": functools.partial(torch.optim.AdamW, fused=FUSED),
 }
 
 
@@ -1197,7 +1563,8 @@ Results = dict[str, dict[str, float]]  # part of the split -> metric -> mean ove
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that decides a run's result, but for the device, which precision "auto" looks at.
+    """Everything that decides a run's result, but for the device, which precision "auto" looks at. (`cache` decides nothing
+    but the speed.)
 
     `Config(name="first", epochs=2)` runs on the sample.
 
@@ -1225,6 +1592,7 @@ class Config:
     epochs: int = 10
     augment: str = "mirror"  # or "colour", "mirror+colour", "none"
     precision: str = "auto"  # or "float32", "bfloat16", "float16"
+    cache: str = "auto"  # where decoded pictures are kept, as ZipDataset means it: "gpu", "memory", "disk", "none"
     seed: int = 0  # of the first weights, the data order and the augmentation
 
     def __post_init__(self):
@@ -1239,6 +1607,7 @@ class Config:
         _known(self.schedule, SCHEDULES, "schedule")
         _known(self.augment, ("none", "mirror", "colour", "mirror+colour"), "augment")
         _known(self.precision, ("auto", *PRECISIONS), "precision")
+        _known(self.cache, ("auto", *CACHES), "cache")
         _known(self.depth_near, ("dark", "bright"), "depth_near")
         task_loss(self.mask_loss, self.depth_loss, self.depth_weight)
         for field in ("size", "batch_size", "epochs", "lr"):
@@ -1282,16 +1651,16 @@ class Run:
 
 
 @functools.lru_cache(maxsize=2)
-def _open_zip(path: Path, size: int, depth_near: str, subset: int, changed: int) -> ZipDataset:
-    ds = ZipDataset(path, size, depth_near=depth_near)
+def _open_zip(path: Path, size: int, depth_near: str, subset: int, cache: str, changed: int) -> ZipDataset:
+    ds = ZipDataset(path, size, depth_near=depth_near, cache=cache)
     return ds.subset(subset) if 0 < subset < len(ds) else ds
 
 
-def open_zip(path: str | Path, size: int = 64, depth_near: str = "dark", subset: int = 0) -> ZipDataset:
+def open_zip(path: str | Path, size: int = 64, depth_near: str = "dark", subset: int = 0, cache: str = "auto") -> ZipDataset:
     """The data set, or at most `subset` samples of it, opened once, so that the runs of one notebook share the pictures that
     are decoded already."""
     changed = Path(path).stat().st_mtime_ns if Path(path).exists() else 0  # a file that was written anew is another one
-    return _open_zip(Path(path), size, depth_near, subset, changed)
+    return _open_zip(Path(path), size, depth_near, subset, cache, changed)
 
 
 def compute_dtype(precision: str = "auto") -> torch.dtype:
@@ -1310,21 +1679,83 @@ def autocast(precision: str = "auto") -> torch.autocast:
     return torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
 
 
-def mirror(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Augmentation: each sample as it is or, for every other on average, all its four pictures mirrored left to right."""
-    flip = torch.rand(len(batch["bg"]), device=batch["bg"].device)[:, None, None, None] < 0.5
+def mirror(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict[str, Tensor]:
+    """Augmentation: each sample as it is or, for every other on average, all its four pictures mirrored left to right. Those
+    whose `draw` (N,), of numbers in [0, 1), is below one half; by default it is drawn here."""
+    draw = torch.rand(len(batch["bg"]), device=batch["bg"].device) if draw is None else draw
+    flip = draw[:, None, None, None] < 0.5
     return {kind: torch.where(flip, pictures.flip(3), pictures) for kind, pictures in batch.items()}
 
 
-_jitter = ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)
-
-
-def jitter_colours(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def jitter_colours(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict[str, Tensor]:
     """Augmentation: brightness, contrast and saturation of each sample changed by up to a fifth, its hue by up to a twentieth
-    of the circle, in the same way for bg and fg_bg: laid side by side, the two are one picture."""
-    pairs = torch.cat([batch["bg"], batch["fg_bg"]], 3)
-    bg, fg_bg = torch.stack([_jitter(pair) for pair in pairs]).chunk(2, 3)
+    of the circle, in the same way for bg and fg_bg: laid side by side, the two are one picture.
+
+    How much is read from `draw` (N, 4), numbers in [0, 1); by default it is drawn here. All four are linear in the colours
+    (Haeberli, Matrix Operations for Image Processing, 1993), so that a batch takes one product of matrices."""
+    draw = torch.rand(len(batch["bg"]), 4, device=batch["bg"].device) if draw is None else draw
+    brightness, contrast, saturation = (0.8 + 0.4 * draw[:, :3]).T[..., None, None]
+    angle = (0.1 * draw[:, 3, None, None] - 0.05) * 2 * math.pi
+    grey = draw.new_tensor([0.299, 0.587, 0.114])
+    same, cross = torch.eye(3, device=draw.device), draw.new_tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]])
+    hue = angle.cos() * same + (1 - angle.cos()) / 3 + angle.sin() / 3**0.5 * cross  # turns colours round the axis of greys
+    colour = brightness * (saturation * same + (1 - saturation) * grey) @ hue
+    pairs = torch.cat([batch["bg"], batch["fg_bg"]], 3).permute(0, 2, 3, 1)
+    pairs = (pairs.flatten(1, 2) @ colour.mT).view_as(pairs)
+    middle = (pairs @ grey).mean((1, 2))[:, None, None, None]
+    pairs = (middle + contrast[..., None] * (pairs - middle)).clamp(0, 1)
+    bg, fg_bg = pairs.permute(0, 3, 1, 2).chunk(2, 3)
     return batch | {"bg": bg, "fg_bg": fg_bg}
+
+
+# ---------- Runs: several processes, and batches made ahead ------------------------------------------------------------
+
+
+def _processes() -> tuple[int, int]:
+    """The number of this process among those that train together, and how many these are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _ahead(function: Callable, items: Iterable, most: int = 2) -> Iterator:
+    """function(item) for each item in turn, done by a thread that is up to `most` items ahead."""
+    gpu = {"initializer": torch.cuda.set_device, "initargs": [torch.cuda.current_device()]} if DEVICE.type == "cuda" else {}
+    with ThreadPoolExecutor(1, **gpu) as thread:
+        coming = collections.deque()
+        for item in items:
+            coming.append(thread.submit(function, item))
+            if len(coming) > most:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
+class SharedBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes, as one process would have it. On CPUs, where torch's own cannot be used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        here = x.new_tensor([x.numel() / x.shape[1]], dtype=torch.float32)
+        *sums, count = all_reduce(torch.cat([x.float().sum((0, 2, 3)), here]))
+        mean = torch.stack(sums) / count
+        centred = x.float() - mean[:, None, None]
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def _share_batch_norm(model: nn.Module) -> nn.Module:
+    """The network with batch norms that look at the batches of all processes."""
+    if DEVICE.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = SharedBatchNorm
+    return model
 
 
 @torch.no_grad()
@@ -1332,17 +1763,25 @@ def evaluate(
     model: nn.Module, ds: ZipDataset, indices: np.ndarray, loss: Callable[..., Tensor] | None = None, precision: str = "auto"
 ) -> dict[str, np.ndarray]:
     """All metrics of `measure` for each of the samples: arrays of len(indices). With a loss also `loss`, which is the same for
-    all samples of a batch of 32: take its mean, a single value says little. The model is left in evaluation mode."""
+    all samples of a batch of 32: take its mean, a single value says little. The model is left in evaluation mode. Where
+    several processes train together, each calls this, measures its share of the batches, and receives it all."""
     model.eval()
-    batches = []
-    for some in np.split(indices, range(32, len(indices), 32)):
-        batch = to_float(ds.batch(some), DEVICE)
+    process, processes = _processes()
+    batches, measured = np.split(indices, range(32, len(indices), 32)), []
+    for batch in _ahead(functools.partial(ds.batch, device=DEVICE), batches[process::processes]):
+        batch = to_float(batch, DEVICE)
         with autocast(precision):
             outputs = model(batch["bg"], batch["fg_bg"])
-        batches.append(measure(*outputs, batch["mask"], batch["depth"]))
+        values = measure(*outputs, batch["mask"], batch["depth"])
         if loss is not None:
-            batches[-1]["loss"] = loss(*outputs, batch["mask"], batch["depth"]).expand(len(some))
-    return {name: torch.cat([batch[name] for batch in batches]).cpu().numpy() for name in batches[0]}
+            values["loss"] = loss(*outputs, batch["mask"], batch["depth"]).expand(len(batch["bg"]))
+        measured.append(values)
+    measured = [{name: values.cpu() for name, values in batch.items()} for batch in measured]
+    if processes > 1:
+        shares = [None] * processes
+        dist.all_gather_object(shares, measured)
+        measured = [shares[k % processes][k // processes] for k in range(len(batches))]
+    return {name: torch.cat([values[name] for values in measured]).numpy() for name in measured[0]}
 
 
 def _means(values: dict[str, np.ndarray]) -> dict[str, float]:
@@ -1393,14 +1832,19 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     Raises:
         ValueError: the folder holds a run of another Config or other data (the differences are named); the network cannot
             take the size; a loss is not finite, with the epoch.
+        MemoryError: a batch does not fit into memory; the message says what to set.
     """
-    ds = open_zip(data_zip(config.data), config.size, config.depth_near, config.subset)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by accelerate, as one of several
+        accelerate.PartialState(cpu=DEVICE.type == "cpu")
+    process, processes = _processes()
+    quiet = quiet or process > 0
+    ds = open_zip(data_zip(config.data), config.size, config.depth_near, config.subset, config.cache)
     parts = parts_of(config, ds)
     folder = workspace() / config.name
     settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint}
-    if (folder / "config.json").exists():  # data are known by their content, not by their path, which may change
+    if (folder / "config.json").exists():  # data are known by their content, not by path or cache, which may change
         saved = json.loads((folder / "config.json").read_text())
-        theirs = dataclasses.asdict(Config(config.name)) | saved | {"data": config.data}
+        theirs = dataclasses.asdict(Config(config.name)) | saved | {"data": config.data, "cache": config.cache}
         keys = [key for key in settings if settings[key] != theirs.get(key)]
         if keys:
             changes = ", ".join(f"{key} was {theirs.get(key)!r} and is {settings[key]!r}" for key in keys)
@@ -1415,8 +1859,11 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
         model = MODELS[config.model]().to(DEVICE, memory_format=torch.channels_last)
         if hasattr(model, "stride"):
             check_size(model, config.size, config.size)
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "config.json", settings)
+        if process == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_json(folder / "config.json", settings)
+        if processes > 1:
+            model = _share_batch_norm(model)
         steps = -(-len(parts["train"]) // config.batch_size) * config.epochs
         loss = task_loss(config.mask_loss, config.depth_loss, config.depth_weight).to(DEVICE)
         groups = [{"params": model.parameters()}]
@@ -1438,10 +1885,16 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
             history, seconds = checkpoint["history"], checkpoint["seconds"]
             if not quiet:
                 print(f"{config.name}: goes on after epoch {len(history)}")
+        step = _Step(model, loss, config.precision)
+        if processes > 1:  # buffers are the same everywhere; with one task alone, one decoder is not used
+            alone = None in (config.mask_loss, config.depth_loss)
+            step = nn.parallel.DistributedDataParallel(step, broadcast_buffers=False, find_unused_parameters=alone)
+        if not quiet:
+            print(f"{config.name}: {ds.place}")
 
         for epoch in range(len(history) + 1, (config.epochs if stop_after is None else min(stop_after, config.epochs)) + 1):
             started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
-            train_loss = _train_epoch(config, ds, parts["train"], epoch, keep, quiet)
+            train_loss = _train_epoch(config, ds, parts["train"], epoch, step, keep, quiet)
             seconds.append(time.perf_counter() - started)
             valid = _means(evaluate(model, ds, parts["valid"], valid_loss, config.precision))
             for value in (train_loss, valid["loss"]):
@@ -1455,22 +1908,33 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
             if config.schedule == "plateau":
                 schedule.step(valid["loss"])
 
-            _save_images(folder / "images" / f"epoch_{epoch:03}", model, ds, watched, config.precision)
-            if valid["loss"] <= min(row["valid_loss"] for row in history):
-                _save(folder / "best.pt", model.state_dict())
-            states = {name: part.state_dict() for name, part in keep.items()}
-            _save(folder / "checkpoint.pt", states | {"history": history, "seconds": seconds})
-            _write_tables(folder, history, seconds)
+            if process == 0:
+                _save_images(folder / "images" / f"epoch_{epoch:03}", model, ds, watched, config.precision)
+                if valid["loss"] <= min(row["valid_loss"] for row in history):
+                    _save(folder / "best.pt", model.state_dict())
+                states = {name: part.state_dict() for name, part in keep.items()}
+                _save(folder / "checkpoint.pt", states | {"history": history, "seconds": seconds})
+                _write_tables(folder, history, seconds)
             if not quiet:
                 means = f"loss {valid['loss']:.3f}  IoU {valid['iou']:.3f}  RMSE {valid['rmse']:.3f}"
                 speed = f"({len(parts['train']) / seconds[-1]:.0f} images/s)"
                 print(f"{config.name}  epoch {epoch}/{config.epochs}  loss {train_loss:.3f}  valid: {means}  {speed}")
 
-        _write_tables(folder, history, seconds)  # a run that was cut off between checkpoint and tables lacks a row
+        if process == 0:
+            _write_tables(folder, history, seconds)  # a run that was cut off between checkpoint and tables lacks a row
         if len(history) == config.epochs:
+            _wait_for_all()  # the best weights are written by one and read by all
             tests = {part: indices for part, indices in parts.items() if part != "train"}
-            _write_json(folder / "results.json", score(read_run(folder).model(), ds, tests, config.precision))
+            results = score(read_run(folder).model(), ds, tests, config.precision)
+            if process == 0:
+                _write_json(folder / "results.json", results)
+        _wait_for_all()
     return read_run(folder)
+
+
+def _wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
@@ -1513,27 +1977,51 @@ def _read_table(path: Path) -> list[dict[str, float]]:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-def _train_epoch(config: Config, ds: ZipDataset, indices: np.ndarray, epoch: int, keep: dict, quiet: bool) -> float:
+class _Step(nn.Module):
+    """What a training step computes before it goes backward, in one module: that is what several processes share."""
+
+    def __init__(self, model: nn.Module, loss: nn.Module, precision: str):
+        super().__init__()
+        self.model, self.loss, self.precision = model, loss, precision
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        with autocast(self.precision):
+            mask_logits, depth = self.model(batch["bg"], batch["fg_bg"])
+        return self.loss(mask_logits, depth, batch["mask"], batch["depth"])
+
+
+def _train_epoch(
+    config: Config, ds: ZipDataset, indices: np.ndarray, epoch: int, step: nn.Module, keep: dict, quiet: bool
+) -> float:
     """One pass over the samples; gives the mean loss. Everything random in it depends on seed and epoch alone, which makes
-    going on after an interruption exact."""
-    model, loss_of, optimizer, schedule, scaler = keep.values()
-    model.train()
+    going on after an interruption exact.
+
+    Nothing in the loop waits for the GPU. Of several processes, each takes every so manieth sample of a batch; what is random
+    is drawn for the whole batch, and the losses are weighed so that their mean is that of one process.
+    """
+    model, _, optimizer, schedule, scaler = keep.values()
+    process, processes = _processes()
+    step.train()
     torch.manual_seed(config.seed * 1_000_003 + epoch)
     order = indices[torch.randperm(len(indices)).numpy()]
+    batches = np.split(order, range(config.batch_size, len(order), config.batch_size))
+    # Where the last batch is too small for all, those left over take its first sample, and it counts nothing.
+    shares = [slice(process, None, processes) if process < len(batch) else slice(1) for batch in batches]
+    ahead = _ahead(lambda pair: ds.batch(pair[0][pair[1]], DEVICE), zip(batches, shares, strict=True))
     total = torch.zeros((), device=DEVICE)  # summed on the device: reading each value would wait for the GPU
-    about = f"epoch {epoch}/{config.epochs}"
-    with tqdm(total=len(order), desc=about, unit=" images", leave=False, file=sys.stdout, disable=quiet or None) as bar:
-        for start in range(0, len(order), config.batch_size):
-            batch = to_float(ds.batch(order[start : start + config.batch_size]), DEVICE)
+    show = {"disable": True} if quiet else {}  # else the environment variable TQDM_DISABLE decides
+    about = {"desc": f"epoch {epoch}/{config.epochs}", "unit": " images", "leave": False, "mininterval": 1, "file": sys.stdout}
+    with tqdm(total=len(order), **about, **show) as bar, _saying_what_to_set(config):
+        for whole, share, batch in zip(batches, shares, ahead, strict=True):
+            batch = to_float(batch, DEVICE)
             if "mirror" in config.augment:
-                batch = mirror(batch)
+                batch = mirror(batch, torch.rand(len(whole), device=DEVICE)[share])
             if "colour" in config.augment:
-                batch = jitter_colours(batch)
-            with autocast(config.precision):
-                mask_logits, depth = model(batch["bg"], batch["fg_bg"])
-            loss = loss_of(mask_logits, depth, batch["mask"], batch["depth"])
+                batch = jitter_colours(batch, torch.rand(len(whole), 4, device=DEVICE)[share])
+            counted = len(batch["bg"]) if process < len(whole) else 0
+            loss = step(batch)
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
+            scaler.scale(loss * (counted * processes / len(whole))).backward()
             if config.clip_norm:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
@@ -1543,9 +2031,25 @@ def _train_epoch(config: Config, ds: ZipDataset, indices: np.ndarray, epoch: int
                 with warnings.catch_warnings():  # where float16 overflows, the scaler skips the optimiser's step, as it should
                     warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")
                     schedule.step()
-            total += loss.detach() * len(batch["bg"])
-            bar.update(len(batch["bg"]))
+            total += loss.detach() * counted
+            bar.update(len(whole))
+    if processes > 1:
+        dist.all_reduce(total)
     return total.item() / len(order)
+
+
+@contextlib.contextmanager
+def _saying_what_to_set(config: Config) -> Iterator[None]:
+    """Turns the error of memory that does not suffice into a sentence that helps."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        where = "the GPU's memory" if DEVICE.type == "cuda" else "memory"
+        batch = f"A batch of {config.batch_size} samples of {config.size} x {config.size} pixels does not fit into {where}"
+        smaller = f"batch_size to {config.batch_size // 2}" if config.batch_size > 1 else "a smaller size or another model"
+        raise MemoryError(f"{config.name}: {batch}. Set {smaller}, under another name, or cache to 'none'.") from error
 
 
 def _save(path: Path, state: dict) -> None:
@@ -1925,3 +2429,11 @@ def _save_images(folder: Path, model: nn.Module, ds: ZipDataset, watched: dict[s
     _save_picture(torch.cat([head, sheet], 1), part / "sheet.png")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
+
+
+if __name__ == "__main__":  # accelerate launch helpers.py CONFIG.json: a saved Config on all GPUs of one or several machines
+    if len(sys.argv) != 2:
+        sys.exit("Give the JSON file of one Config: accelerate launch helpers.py CONFIG.json")
+    run(Config.load(sys.argv[1]))
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -21,9 +21,10 @@ sys.path.insert(0, str(ROOT))
 # Set here, before anything imports helpers, so that the notebooks' kernels inherit it too.
 os.environ.setdefault("SCALE", "quick")
 os.environ.setdefault("MPLBACKEND", "Agg")
-if "WORKSPACE" not in os.environ:
-    os.environ["WORKSPACE"] = tempfile.mkdtemp(prefix="mask-and-depth-")
-    atexit.register(shutil.rmtree, os.environ["WORKSPACE"], ignore_errors=True)
+for folder in ("WORKSPACE", "XDG_CACHE_HOME"):
+    if folder not in os.environ:
+        os.environ[folder] = tempfile.mkdtemp(prefix="mask-and-depth-")
+        atexit.register(shutil.rmtree, os.environ[folder], ignore_errors=True)
 
 # How the published sets name a file of each kind; the extension follows. {b}, {f} and {n} are the numbers of background,
 # object and place; {i} counts all samples and {j} those of a background, both from 1.

@@ -348,7 +348,9 @@ def test_the_start_and_the_order_of_data_do_not_depend_on_the_loss(config, place
 def test_every_training_sample_is_seen_once_an_epoch_in_another_order(config, data, monkeypatch):
     train = split(ZipDataset(data, size=16))["train"]
     asked, batch_of = [], ZipDataset.batch
-    monkeypatch.setattr(ZipDataset, "batch", lambda ds, indices: asked.extend(np.asarray(indices)) or batch_of(ds, indices))
+    monkeypatch.setattr(
+        ZipDataset, "batch", lambda ds, indices, *rest, **named: asked.extend(indices) or batch_of(ds, indices, *rest, **named)
+    )
     orders = []
     for epoch in (1, 2):
         asked.clear()
@@ -404,7 +406,7 @@ def test_another_config_under_the_same_name_is_refused(config, place, field, val
 def test_other_data_under_the_same_name_are_refused(config, write_zip, place):
     run(config, stop_after=1)
     write_zip(place / "other.zip", samples=[(b, f, 1) for b in range(1, 13) for f in range(1, 14)], size=16)
-    with pytest.raises(ValueError, match=r"fingerprint was '[0-9a-f]{8}' and is"):
+    with pytest.raises(ValueError, match=r"fingerprint was '[0-9a-f]{16}' and is"):
         run(renamed(config, data=str(place / "other.zip")))
 
 
@@ -619,9 +621,12 @@ def test_learned_weights_lower_the_loss(config):
 def test_a_subset_is_all_that_a_run_sees(config, data, monkeypatch):
     ds = ZipDataset(data, size=16).subset(60)
     parts, seen, batch_of = split(ds, "image"), [], ZipDataset.batch
-    monkeypatch.setattr(
-        ZipDataset, "batch", lambda ds, indices: seen.extend(ds.name(i) for i in indices) or batch_of(ds, indices)
-    )
+
+    def watched(ds, indices, *rest, **named):
+        seen.extend(ds.name(i) for i in indices)
+        return batch_of(ds, indices, *rest, **named)
+
+    monkeypatch.setattr(ZipDataset, "batch", watched)
     finished = run(renamed(config, subset=60, split="image", epochs=1))
     train = [ds.name(i) for i in parts["train"]]
     assert sorted(seen[: len(train)]) == sorted(train)
