@@ -50,7 +50,6 @@ from IPython.display import HTML
 from PIL import Image, ImageDraw, ImageOps
 from pytorch_msssim import ssim as msssim_ssim
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -64,6 +63,12 @@ with contextlib.suppress(AttributeError, OSError, TypeError):  # other C librari
     glibc = ctypes.CDLL(None)
     glibc.mallopt(-4, 0)
     glibc.mallopt(-1, 2**31 - 1)
+
+# A notebook starts several processes by forking. CUDA must not have been started before, so it is looked for without starting
+# it; and the threads of OpenMP do not live on in a forked process, so that has one.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 # ---------- Where it runs ---------------------------------------------------------------------------------------------
 
@@ -537,8 +542,8 @@ class _Cache:
         start = f"{round(psutil.boot_time(), -2):.0f}"
         self._file = cache_folder() / f"{start}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pictures"
         free = {"memory": psutil.virtual_memory().available, "disk": _free_disk(cache_folder())}
-        if dist.is_initialized():  # each of the processes has memory of its own
-            free["memory"] //= dist.get_world_size()
+        if dist.is_initialized():  # each of the machine's processes keeps its own
+            free["memory"] //= int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         self._free = ({"gpu": torch.cuda.mem_get_info()[0]} if torch.cuda.is_available() else {}) | free
         needed, first = _bytes_of(self._shapes), 0 if wanted == "auto" else CACHES.index(wanted)
         self._places = [place for place in CACHES[first:-1] if needed < _MOST[place] * self._free.get(place, 0)]
@@ -1368,6 +1373,8 @@ def berhu(prediction: Tensor, target: Tensor) -> Tensor:
     error in the batch. Laina et al., Deeper Depth Prediction with Fully Convolutional Residual Networks, 2016."""
     error = (prediction - target).abs()
     c = (0.2 * error.detach().max()).clamp_min(1e-6)  # 0 / 0 for a perfect batch otherwise
+    if dist.is_initialized() and prediction.requires_grad:  # in training the batch is that of all processes
+        dist.all_reduce(c, dist.ReduceOp.MAX)
     return torch.where(error <= c, error, (error.square() + c**2) / (2 * c)).mean()
 
 
@@ -1729,17 +1736,34 @@ def _ahead(function: Callable, items: Iterable, most: int = 2) -> Iterator:
             yield coming.popleft().result()
 
 
+class _AllReduce(torch.autograd.Function):
+    """The sum over all processes; the gradient of it is the sum of all gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> Tensor:
+        total = slope.clone()
+        dist.all_reduce(total)
+        return total
+
+
 class SharedBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, as one process would have it. On CPUs, where torch's own cannot be used."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        here = x.new_tensor([x.numel() / x.shape[1]], dtype=torch.float32)
-        *sums, count = all_reduce(torch.cat([x.float().sum((0, 2, 3)), here]))
+        values = x.to(self.weight.dtype)
+        sums = torch.cat([values.sum((0, 2, 3)), values.new_tensor([x.numel() / x.shape[1]])])
+        *sums, count = _AllReduce.apply(sums)
         mean = torch.stack(sums) / count
-        centred = x.float() - mean[:, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        centred = values - mean[:, None, None]
+        variance = _AllReduce.apply(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -1838,7 +1862,9 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
         accelerate.PartialState(cpu=DEVICE.type == "cpu")
     process, processes = _processes()
     quiet = quiet or process > 0
-    ds = open_zip(data_zip(config.data), config.size, config.depth_near, config.subset, config.cache)
+    first = accelerate.PartialState().local_main_process_first if processes > 1 else contextlib.nullcontext
+    with first():  # what goes to the local disk, the others find there
+        ds = open_zip(data_zip(config.data), config.size, config.depth_near, config.subset, config.cache)
     parts = parts_of(config, ds)
     folder = workspace() / config.name
     settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint}
@@ -1854,7 +1880,7 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
             print(f"{config.name}: finished before, read from its folder")
         return read_run(folder)
 
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with torch.random.fork_rng([torch.cuda.current_device()] if DEVICE.type == "cuda" else []):
         torch.manual_seed(config.seed)
         model = MODELS[config.model]().to(DEVICE, memory_format=torch.channels_last)
         if hasattr(model, "stride"):
@@ -1888,9 +1914,11 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
         step = _Step(model, loss, config.precision)
         if processes > 1:  # buffers are the same everywhere; with one task alone, one decoder is not used
             alone = None in (config.mask_loss, config.depth_loss)
-            step = nn.parallel.DistributedDataParallel(step, broadcast_buffers=False, find_unused_parameters=alone)
+            step = nn.parallel.DistributedDataParallel(step, find_unused_parameters=alone)
+        with first():
+            place = ds.place
         if not quiet:
-            print(f"{config.name}: {ds.place}")
+            print(f"{config.name}: {place}")
 
         for epoch in range(len(history) + 1, (config.epochs if stop_after is None else min(stop_after, config.epochs)) + 1):
             started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
@@ -1934,21 +1962,24 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
 
 def _wait_for_all() -> None:
     if dist.is_initialized():
-        dist.barrier()
+        accelerate.PartialState().wait_for_everyone()
 
 
 def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
     """`run` for lists of Configs, such as one for each seed, with one progress bar over them all. Of a finished run the
     checkpoint is deleted, and the pictures of all epochs but the last: those of a long list would fill a Drive."""
     todo = sum(map(len, configs.values()))
-    with tqdm(total=todo, unit=" runs", leave=False, file=sys.stdout) as bar:
+    process = int(os.environ.get("RANK", 0))
+    show = {"disable": True} if process > 0 else {}
+    with tqdm(total=todo, unit=" runs", leave=False, file=sys.stdout, **show) as bar:
 
         def quietly(config: Config) -> Run:
             bar.set_postfix_str(config.name)
             done = run(config, quiet=True)
-            (done.folder / "checkpoint.pt").unlink(missing_ok=True)
-            for epoch in sorted((done.folder / "images").glob("epoch_*"))[:-1]:
-                shutil.rmtree(epoch)
+            if process == 0:
+                (done.folder / "checkpoint.pt").unlink(missing_ok=True)
+                for epoch in sorted((done.folder / "images").glob("epoch_*"))[:-1]:
+                    shutil.rmtree(epoch)
             bar.update()
             return done
 
@@ -1987,7 +2018,10 @@ class _Step(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         with autocast(self.precision):
             mask_logits, depth = self.model(batch["bg"], batch["fg_bg"])
-        return self.loss(mask_logits, depth, batch["mask"], batch["depth"])
+        pictures = (mask_logits, depth, batch["mask"], batch["depth"])
+        if not len(depth):  # the last batch left nothing for this process: a black picture, which counts nothing
+            pictures = [F.pad(some, (0, 0, 0, 0, 0, 0, 0, 1)) for some in pictures]
+        return self.loss(*pictures)
 
 
 def _train_epoch(
@@ -2005,20 +2039,19 @@ def _train_epoch(
     torch.manual_seed(config.seed * 1_000_003 + epoch)
     order = indices[torch.randperm(len(indices)).numpy()]
     batches = np.split(order, range(config.batch_size, len(order), config.batch_size))
-    # Where the last batch is too small for all, those left over take its first sample, and it counts nothing.
-    shares = [slice(process, None, processes) if process < len(batch) else slice(1) for batch in batches]
-    ahead = _ahead(lambda pair: ds.batch(pair[0][pair[1]], DEVICE), zip(batches, shares, strict=True))
+    share = slice(process, None, processes)
+    ahead = _ahead(lambda batch: ds.batch(batch[share], DEVICE), batches)
     total = torch.zeros((), device=DEVICE)  # summed on the device: reading each value would wait for the GPU
     show = {"disable": True} if quiet else {}  # else the environment variable TQDM_DISABLE decides
     about = {"desc": f"epoch {epoch}/{config.epochs}", "unit": " images", "leave": False, "mininterval": 1, "file": sys.stdout}
     with tqdm(total=len(order), **about, **show) as bar, _saying_what_to_set(config):
-        for whole, share, batch in zip(batches, shares, ahead, strict=True):
+        for whole, batch in zip(batches, ahead, strict=True):
             batch = to_float(batch, DEVICE)
             if "mirror" in config.augment:
                 batch = mirror(batch, torch.rand(len(whole), device=DEVICE)[share])
             if "colour" in config.augment:
                 batch = jitter_colours(batch, torch.rand(len(whole), 4, device=DEVICE)[share])
-            counted = len(batch["bg"]) if process < len(whole) else 0
+            counted = len(batch["bg"])
             loss = step(batch)
             optimizer.zero_grad()
             scaler.scale(loss * (counted * processes / len(whole))).backward()
@@ -2434,6 +2467,9 @@ def _save_images(folder: Path, model: nn.Module, ds: ZipDataset, watched: dict[s
 if __name__ == "__main__":  # accelerate launch helpers.py CONFIG.json: a saved Config on all GPUs of one or several machines
     if len(sys.argv) != 2:
         sys.exit("Give the JSON file of one Config: accelerate launch helpers.py CONFIG.json")
-    run(Config.load(sys.argv[1]))
+    try:
+        run(Config.load(sys.argv[1]))
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
     if dist.is_initialized():
         dist.destroy_process_group()
