@@ -376,8 +376,13 @@ class ZipDataset(torch.utils.data.Dataset):
         missing = np.unique(slots[~ready[slots]])
         if len(missing):
             decoded = self._decode_all(kind, self._file[kind][missing])
-            pictures.index_copy_(0, torch.from_numpy(missing).long().to(pictures.device), decoded.to(pictures.device))
+            if pictures.device.type == "cpu":
+                pictures.numpy()[missing] = decoded.numpy()
+            else:
+                pictures.index_copy_(0, torch.from_numpy(missing).long().to(pictures.device), decoded.to(pictures.device))
             ready[missing] = True
+        if pictures.device.type == "cpu":  # by numpy: after a parallel step, torch's threads would spin beside the decoders
+            return torch.from_numpy(pictures.numpy()[slots])
         return pictures.index_select(0, torch.from_numpy(slots).to(pictures.device, non_blocking=True))
 
     def _plan_cache(self) -> "_Cache":
@@ -435,17 +440,24 @@ class ZipDataset(torch.utils.data.Dataset):
 
     def _decode_all(self, kind: str, files: np.ndarray) -> Tensor:
         """The pictures of these files, (len(files), size, size, channels)."""
-        # Threads, since decoders let other threads run; as many as torch has, which is one in a worker process.
-        threads = torch.get_num_threads() if len(files) > 1 else 1
-        run = _decoders(os.getpid(), threads).map if threads > 1 else map
-        opened = list(run(functools.partial(self._open, kind), files.tolist()))
+        # Decoders let other threads run. Each has a share, since to hand over picture by picture costs as much as it brings.
+        threads = min(torch.get_num_threads(), len(files))  # one in a worker process
+        if threads < 2:
+            return self._decode_share(kind, files)
+        shares = _decoders(os.getpid(), threads).map(
+            functools.partial(self._decode_share, kind), np.array_split(files, threads)
+        )
+        return torch.from_numpy(np.concatenate([share.numpy() for share in shares]))
+
+    def _decode_share(self, kind: str, files: np.ndarray) -> Tensor:
+        opened = [self._open(kind, file) for file in files.tolist()]
         shapes = [shape for _, shape in opened]
         result = torch.empty(len(files), self.size, self.size, CHANNELS[kind], dtype=torch.uint8)
         for shape in set(shapes):  # mostly one
             same = [i for i, other in enumerate(shapes) if other == shape]
             pictures = torch.empty(len(same), *shape, CHANNELS[kind], dtype=torch.uint8)
-            sources = [opened[i][0] for i in same]
-            list(run(functools.partial(self._decode, kind), files[same].tolist(), sources, pictures.numpy()))
+            for i, room in zip(same, pictures.numpy(), strict=True):
+                self._decode(kind, files[i], opened[i][0], room)
             pictures = _resize_masks(pictures, self.size) if kind == "mask" else _resize(pictures, self.size)
             if len(same) == len(files):
                 result = pictures
@@ -495,7 +507,7 @@ def _map_file(path: Path) -> memoryview:
 @functools.lru_cache(maxsize=1)
 def _decoders(process: int, threads: int) -> ThreadPoolExecutor:
     """The threads that decode; by process, because they do not live on in a forked one."""
-    return ThreadPoolExecutor(threads)
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _resize(pictures: Tensor, size: int) -> Tensor:
@@ -737,8 +749,7 @@ def _read_directory(path: Path) -> tuple[list[Path], np.ndarray, list[str], str]
     if not archives:
         files["header"] = range(len(files))
     content = hashlib.blake2b(np.concatenate(checksums)[kept].tobytes(), digest_size=8)
-    for name in names:
-        content.update(os.fsencode(name) + b"\n")
+    content.update(b"\n".join([*map(os.fsencode, names), b""]))
     return archives, files, names, content.hexdigest()
 
 
@@ -881,18 +892,19 @@ def _fold_mirrored(bg_id: np.ndarray, fg_id: np.ndarray) -> np.ndarray:
     """
     stride = int(fg_id.max()) + 1
     pairs = np.unique(bg_id * stride + fg_id)
-    for half in range(stride // 2, stride):
-        mirrored = pairs % stride >= half
-        if np.array_equal(pairs[~mirrored], pairs[mirrored] - half):
-            return fg_id % half
+    for start in (0, 1)[: 1 + int(fg_id.min() > 0)]:  # objects may count from 0 or from 1
+        for half in range(stride // 2, stride):
+            mirrored = pairs % stride >= start + half
+            if np.array_equal(pairs[~mirrored], pairs[mirrored] - half):
+                return (fg_id - start) % half + start
     warnings.warn("Mirrored objects cannot be told by their backgrounds here; the highest number decides.", stacklevel=3)
-    return fg_id % ((stride + 1) // 2)
+    return (fg_id - start) % ((stride - start + 1) // 2) + start
 
 
 def to_float(batch: dict[str, Tensor], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """A uint8 batch of `ZipDataset.batch` on the device, as float32 in [0, 1], in the memory order that suits convolutions."""
     batch = {kind: p.to(device).to(torch.float32, memory_format=torch.channels_last) for kind, p in batch.items()}
-    return {kind: pictures if kind == "mask" else pictures / 255 for kind, pictures in batch.items()}
+    return {kind: pictures if kind == "mask" else pictures.div_(255) for kind, pictures in batch.items()}
 
 
 def _hash01(text: str) -> float:

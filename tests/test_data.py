@@ -186,15 +186,18 @@ def test_depth_with_near_bright_is_turned(write_zip, tmp_path):
 @pytest.mark.parametrize(
     "numbers, samples",
     [
-        (50, itertools.product(range(2), range(100), (0,))),
+        (50, list(itertools.product(range(2), range(100), (0,)))),
         (100, [(b, f + m, 0) for b, objects in enumerate([(84, 45, 22), (87, 63), (0,)]) for f in objects for m in (0, 100)]),
-        (2, itertools.product(range(3), range(4), range(3))),
+        (2, list(itertools.product(range(3), range(4), range(3)))),
     ],
     ids=["full set", "part of a set", "two objects"],
 )
-def test_a_mirrored_object_has_the_id_of_the_object(write_zip, tmp_path, numbers, samples):
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_mirrored_object_has_the_id_of_the_object(write_zip, tmp_path, numbers, samples, first):
+    samples = [(b, f + first, n) for b, f, n in samples]
     made = write_zip(tmp_path / "a.zip", "raguram", samples=samples)
-    assert ZipDataset(tmp_path / "a.zip").fg_id.tolist() == [sample["f"] % numbers for sample in made]
+    expected = [(sample["f"] - first) % numbers + first for sample in made]
+    assert ZipDataset(tmp_path / "a.zip").fg_id.tolist() == expected
 
 
 def test_objects_of_the_other_layout_keep_their_numbers(write_zip, tmp_path):
