@@ -55,7 +55,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on a GPU too: TF32 moves SSIM by hundredths
-torch.backends.cudnn.benchmark = True  # all batches are alike: cuDNN may try its ways once and take the fastest
+torch.backends.cudnn.benchmark = True  # nearly all batches are alike: cuDNN tries its ways once and takes the fastest
 
 # Training on a CPU at 192 pixels spends a fifth of its time on fresh pages: glibc gives large blocks back to the system at
 # once and asks for them again in the next step. Told to keep them (mallopt's M_MMAP_MAX and M_TRIM_THRESHOLD), it does not.
@@ -154,7 +154,7 @@ def _copy_from_drive(path: Path) -> Path:
     if local.exists() and (local.stat().st_size, int(local.stat().st_mtime)) == (there.st_size, int(there.st_mtime)):
         return local
     local.with_name(local.name + ".part").unlink(missing_ok=True)  # of a copy that was interrupted
-    if there.st_size > _MOST["disk"] * _free_disk(local):
+    if there.st_size > _MAX_SHARE["disk"] * _free_disk(local):
         print(f"{path} is read from Drive, slowly: {there.st_size / 1e9:.1f} GB, too much for a copy on the local disk.")
         return path
     local.parent.mkdir(parents=True, exist_ok=True)
@@ -177,6 +177,15 @@ def cache_folder() -> Path:
     """The folder on the local disk for what can be made again: copies of zips on Drive and decoded pictures. It is
     `mask-and-depth` in the user's cache folder (the environment variable XDG_CACHE_HOME, else ~/.cache), and may be deleted."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mask-and-depth"
+
+
+def _free_memory() -> int:
+    """Bytes that are free in memory; in a container, of what it may have."""
+    free = psutil.virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.exists() and (most := limit.read_text().strip()).isdigit():
+        free = min(free, max(0, int(most) - int(used.read_text())))
+    return free
 
 
 def _free_disk(folder: Path) -> int:
@@ -218,7 +227,7 @@ def _pattern(name: str) -> re.Pattern:
 
 
 CACHES = ("gpu", "memory", "disk", "none")  # where decoded pictures are kept, the fastest first
-_MOST = {"gpu": 0.6, "memory": 0.75, "disk": 0.75}  # of what is free there; training needs some too
+_MAX_SHARE = {"gpu": 0.6, "memory": 0.75, "disk": 0.75}  # of what is free there; training needs some too
 
 
 class ZipDataset(torch.utils.data.Dataset):
@@ -270,10 +279,10 @@ class ZipDataset(torch.utils.data.Dataset):
         self.layout = layout or _recognise_layout(self.path, names)
         rows = self._match(names)
         _warn_of_unused(self.path, names, rows)
-        self._choose(rows)
-        del names, rows
+        del names
         with contextlib.suppress(AttributeError, NameError):  # else glibc keeps what a million names took, for later
             glibc.malloc_trim(0)
+        self._choose(rows)
 
     def _match(self, names: Sequence[str]) -> np.ndarray:
         """Which files make a sample: rows (samples, 4). And whose they are: the ids of backgrounds and objects."""
@@ -359,9 +368,10 @@ class ZipDataset(torch.utils.data.Dataset):
         indices, device, batch = np.asarray(indices), torch.device(device), {}
         for kind in KINDS:
             pictures = self._pictures(kind, indices)
-            if device.type == "cuda" and pictures.device.type == "cpu":
-                pictures = pictures.pin_memory()  # from pinned memory the copy runs beside the training
-            batch[kind] = pictures.to(device, non_blocking=True).permute(0, 3, 1, 2)
+            to_gpu = device.type == "cuda"
+            if to_gpu and pictures.device.type == "cpu":
+                pictures = pictures.pin_memory()  # from pinned memory the copy is queued without waiting for it
+            batch[kind] = pictures.to(device, non_blocking=to_gpu).permute(0, 3, 1, 2)
         return batch
 
     def _pictures(self, kind: str, indices: np.ndarray) -> Tensor:
@@ -386,14 +396,15 @@ class ZipDataset(torch.utils.data.Dataset):
         return pictures.index_select(0, torch.from_numpy(slots).to(pictures.device, non_blocking=True))
 
     def _plan_cache(self) -> "_Cache":
-        if self._cache is None:
+        in_worker = torch.utils.data.get_worker_info() is not None  # which cannot use the GPU
+        if self._cache is None or (in_worker and self._cache.place == "gpu"):
             content = hashlib.blake2b(self.fingerprint.encode(), digest_size=8)
             for kind in KINDS:
                 content.update(self._file[kind].tobytes())
             if not self._archives:  # files of the same size may differ; these are the times when they were written
                 content.update(self._files["offset"].tobytes())
             wanted = self._wanted
-            if torch.utils.data.get_worker_info() is not None and wanted in ("auto", "gpu", "memory"):
+            if in_worker and wanted != "disk":
                 wanted = "none"  # what a worker process keeps for itself, the others would decode and keep once more
             versions = f"simplejpeg {simplejpeg.__version__} Pillow {PIL.__version__} torch {torch.__version__}"
             key = f"{content.hexdigest()} {self.size} {self.depth_near} {versions}"
@@ -441,12 +452,13 @@ class ZipDataset(torch.utils.data.Dataset):
     def _decode_all(self, kind: str, files: np.ndarray) -> Tensor:
         """The pictures of these files, (len(files), size, size, channels)."""
         # Decoders let other threads run. Each has a share, since to hand over picture by picture costs as much as it brings.
-        threads = min(torch.get_num_threads(), len(files))  # one in a worker process
-        if threads < 2:
+        threads = torch.get_num_threads()  # one in a worker process
+        if dist.is_initialized():  # for training, accelerate gives each process one; decoding may have its part of the cores
+            threads = max(threads, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
+        parts = np.array_split(files, max(1, min(threads, len(files))))
+        if len(parts) < 2:
             return self._decode_share(kind, files)
-        shares = _decoders(os.getpid(), threads).map(
-            functools.partial(self._decode_share, kind), np.array_split(files, threads)
-        )
+        shares = _decoders(os.getpid(), threads).map(functools.partial(self._decode_share, kind), parts)
         return torch.from_numpy(np.concatenate([share.numpy() for share in shares]))
 
     def _decode_share(self, kind: str, files: np.ndarray) -> Tensor:
@@ -553,12 +565,14 @@ class _Cache:
         # Pages that a crash of the machine kept from the disk would be black, so a file is good until the next start.
         start = f"{round(psutil.boot_time(), -2):.0f}"
         self._file = cache_folder() / f"{start}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pictures"
-        free = {"memory": psutil.virtual_memory().available, "disk": _free_disk(cache_folder())}
+        free = {"memory": _free_memory(), "disk": _free_disk(cache_folder())}
         if dist.is_initialized():  # each of the machine's processes keeps its own
             free["memory"] //= int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-        self._free = ({"gpu": torch.cuda.mem_get_info()[0]} if torch.cuda.is_available() else {}) | free
+        if torch.cuda.is_available() and torch.utils.data.get_worker_info() is None:
+            free = {"gpu": torch.cuda.mem_get_info()[0]} | free
+        self._free = free
         needed, first = _bytes_of(self._shapes), 0 if wanted == "auto" else CACHES.index(wanted)
-        self._places = [place for place in CACHES[first:-1] if needed < _MOST[place] * self._free.get(place, 0)]
+        self._places = [place for place in CACHES[first:-1] if needed < _MAX_SHARE[place] * self._free.get(place, 0)]
         if "disk" not in self._places and "disk" in CACHES[first:] and self._file.exists():
             self._places.append("disk")
         self._places.append("none")
@@ -593,7 +607,7 @@ class _Cache:
         shapes = self._shapes
         if place == "none":  # the few backgrounds, which the samples share, find room in nearly any memory
             shapes = {"bg": shapes["bg"]}
-            shapes = shapes if _bytes_of(shapes) < _MOST["memory"] * self._free["memory"] else {}
+            shapes = shapes if _bytes_of(shapes) < _MAX_SHARE["memory"] * self._free["memory"] else {}
         counts = {kind: shape[0] for kind, shape in shapes.items()}
         if place == "gpu":
             pictures = {kind: torch.empty(shape, dtype=torch.uint8, device=DEVICE) for kind, shape in shapes.items()}
@@ -624,14 +638,15 @@ class _Cache:
         if not whole:
             part = self._file.with_name(f"{self._file.name}.{os.getpid()}")
             with open(part, "wb") as file:
-                try:  # all its room at once: on a full disk, writing to a page would end the process
+                file.write(head)
+            try:  # all its room at once: on a full disk, writing to a page would end the process
+                with open(part, "r+b") as file:
                     reserve = getattr(os, "posix_fallocate", lambda descriptor, _, length: os.truncate(descriptor, length))
                     reserve(file.fileno(), 0, length)
-                except OSError:
-                    part.unlink()
-                    raise
-                file.write(head)
-            os.replace(part, self._file)
+                os.replace(part, self._file)
+            except OSError:
+                part.unlink()
+                raise
         with open(self._file, "r+b") as file:
             return mmap.mmap(file.fileno(), length)
 
@@ -749,7 +764,7 @@ def _read_directory(path: Path) -> tuple[list[Path], np.ndarray, list[str], str]
     if not archives:
         files["header"] = range(len(files))
     content = hashlib.blake2b(np.concatenate(checksums)[kept].tobytes(), digest_size=8)
-    content.update(b"\n".join([*map(os.fsencode, names), b""]))
+    content.update(os.fsencode("\n".join([*names, ""])))
     return archives, files, names, content.hexdigest()
 
 
@@ -1272,7 +1287,7 @@ def bce(prediction: Tensor, target: Tensor) -> Tensor:
 def weighted_bce(prediction: Tensor, target: Tensor, pos_weight: float = 5.0) -> Tensor:
     """Binary cross entropy of logits in which the object's pixels count more: -(w t log p + (1 - t) log(1 - p)), w =
     `pos_weight`, mean over all pixels. What report 4 meant to try next."""
-    return F.binary_cross_entropy_with_logits(prediction, target, pos_weight=prediction.new_tensor(pos_weight))
+    return F.binary_cross_entropy_with_logits(prediction, target, pos_weight=prediction.new_full((), pos_weight))
 
 
 @_full_precision
@@ -1344,6 +1359,13 @@ def dice(prediction: Tensor, target: Tensor) -> Tensor:
     return (1 - (2 * both + 1) / (total + 1)).mean()
 
 
+@functools.cache
+def _ssim_window(device: torch.device) -> Tensor:
+    # Made once: to bring it to the GPU in every step would be to wait for it in every step.
+    gauss = torch.exp(-((torch.arange(11, dtype=torch.float32) - 5) ** 2) / (2 * 1.5**2))
+    return (gauss / gauss.sum()).view(1, 1, 1, 11).to(device)
+
+
 @_full_precision
 def _ssim_per_picture(prediction: Tensor, target: Tensor) -> Tensor:
     """Structural similarity (N,) of pictures in [0, 1]: Gaussian window 11, sigma 1.5, K .01 and .03, valid windows only.
@@ -1353,7 +1375,7 @@ def _ssim_per_picture(prediction: Tensor, target: Tensor) -> Tensor:
     height, width = prediction.shape[2:]
     if min(height, width) < 11:
         raise ValueError(f"SSIM looks at windows of 11 x 11 pixels; these pictures are {height} x {width}. Use larger ones.")
-    return msssim_ssim(prediction, target, data_range=1, size_average=False)
+    return msssim_ssim(prediction, target, data_range=1, size_average=False, win=_ssim_window(prediction.device))
 
 
 def ssim(prediction: Tensor, target: Tensor) -> Tensor:
@@ -1706,6 +1728,13 @@ def mirror(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict[str, Te
     return {kind: torch.where(flip, pictures.flip(3), pictures) for kind, pictures in batch.items()}
 
 
+@functools.cache
+def _colour_constants(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """What grey is made of; the identity; the matrix of the cross product with (1, 1, 1)."""
+    values = [0.299, 0.587, 0.114], [[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[0, -1, 1], [1, 0, -1], [-1, 1, 0]]
+    return [torch.tensor(value, dtype=dtype, device=device) for value in values]
+
+
 def jitter_colours(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict[str, Tensor]:
     """Augmentation: brightness, contrast and saturation of each sample changed by up to a fifth, its hue by up to a twentieth
     of the circle, in the same way for bg and fg_bg: laid side by side, the two are one picture.
@@ -1715,8 +1744,7 @@ def jitter_colours(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict
     draw = torch.rand(len(batch["bg"]), 4, device=batch["bg"].device) if draw is None else draw
     brightness, contrast, saturation = (0.8 + 0.4 * draw[:, :3]).T[..., None, None]
     angle = (0.1 * draw[:, 3, None, None] - 0.05) * 2 * math.pi
-    grey = draw.new_tensor([0.299, 0.587, 0.114])
-    same, cross = torch.eye(3, device=draw.device), draw.new_tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]])
+    grey, same, cross = _colour_constants(draw.device, draw.dtype)
     hue = angle.cos() * same + (1 - angle.cos()) / 3 + angle.sin() / 3**0.5 * cross  # turns colours round the axis of greys
     colour = brightness * (saturation * same + (1 - saturation) * grey) @ hue
     pairs = torch.cat([batch["bg"], batch["fg_bg"]], 3).permute(0, 2, 3, 1)
@@ -1735,10 +1763,16 @@ def _processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _ahead(function: Callable, items: Iterable, most: int = 2) -> Iterator:
+def _prefetch(function: Callable, items: Iterable, most: int = 2) -> Iterator:
     """function(item) for each item in turn, done by a thread that is up to `most` items ahead."""
-    gpu = {"initializer": torch.cuda.set_device, "initargs": [torch.cuda.current_device()]} if DEVICE.type == "cuda" else {}
-    with ThreadPoolExecutor(1, **gpu) as thread:
+    threads, gpu = torch.get_num_threads(), torch.cuda.current_device() if DEVICE.type == "cuda" else None
+
+    def begin() -> None:  # a new thread has neither this one's number of threads nor its GPU
+        torch.set_num_threads(threads)
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+
+    with ThreadPoolExecutor(1, initializer=begin) as thread:
         coming = collections.deque()
         for item in items:
             coming.append(thread.submit(function, item))
@@ -1758,13 +1792,13 @@ class _AllReduce(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, slope: Tensor) -> Tensor:
-        total = slope.clone()
+    def backward(ctx, grad: Tensor) -> Tensor:
+        total = grad.clone()
         dist.all_reduce(total)
         return total
 
 
-class SharedBatchNorm(nn.BatchNorm2d):
+class SyncBatchNormCPU(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, as one process would have it. On CPUs, where torch's own cannot be used."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1772,8 +1806,8 @@ class SharedBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         values = x.to(self.weight.dtype)
         sums = torch.cat([values.sum((0, 2, 3)), values.new_tensor([x.numel() / x.shape[1]])])
-        *sums, count = _AllReduce.apply(sums)
-        mean = torch.stack(sums) / count
+        total = _AllReduce.apply(sums)
+        mean, count = total[:-1] / total[-1], total[-1]
         centred = values - mean[:, None, None]
         variance = _AllReduce.apply(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
@@ -1784,13 +1818,13 @@ class SharedBatchNorm(nn.BatchNorm2d):
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def _share_batch_norm(model: nn.Module) -> nn.Module:
+def _sync_batch_norm(model: nn.Module) -> nn.Module:
     """The network with batch norms that look at the batches of all processes."""
     if DEVICE.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.__class__ = SharedBatchNorm
+            module.__class__ = SyncBatchNormCPU
     return model
 
 
@@ -1804,7 +1838,7 @@ def evaluate(
     model.eval()
     process, processes = _processes()
     batches, measured = np.split(indices, range(32, len(indices), 32)), []
-    for batch in _ahead(functools.partial(ds.batch, device=DEVICE), batches[process::processes]):
+    for batch in _prefetch(functools.partial(ds.batch, device=DEVICE), batches[process::processes]):
         batch = to_float(batch, DEVICE)
         with autocast(precision):
             outputs = model(batch["bg"], batch["fg_bg"])
@@ -1860,10 +1894,14 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     metrics of those weights on all but the training samples, once finished; and `images/epoch_NNN/`, for four training and
     four test samples the inputs, the truth and the predictions.
 
+    Several processes that accelerate has started train together: `batch_size` is that of all, the result that of one process up
+    to rounding (a loss of your own that looks at a whole batch at once sees a process's share of it), and the first alone
+    writes. All need the same workspace.
+
     Args:
         config: what to do.
         stop_after: leave off after this many epochs, as if cut off there.
-        quiet: no line for each epoch and, in a terminal, no progress bar.
+        quiet: no line for each epoch, and no progress bar.
 
     Raises:
         ValueError: the folder holds a run of another Config or other data (the differences are named); the network cannot
@@ -1874,8 +1912,8 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
         accelerate.PartialState(cpu=DEVICE.type == "cpu")
     process, processes = _processes()
     quiet = quiet or process > 0
-    first = accelerate.PartialState().local_main_process_first if processes > 1 else contextlib.nullcontext
-    with first():  # what goes to the local disk, the others find there
+    local_first = accelerate.PartialState().local_main_process_first if processes > 1 else contextlib.nullcontext
+    with local_first():  # what goes to the local disk, the others find there
         ds = open_zip(data_zip(config.data), config.size, config.depth_near, config.subset, config.cache)
     parts = parts_of(config, ds)
     folder = workspace() / config.name
@@ -1901,7 +1939,7 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
             folder.mkdir(parents=True, exist_ok=True)
             _write_json(folder / "config.json", settings)
         if processes > 1:
-            model = _share_batch_norm(model)
+            model = _sync_batch_norm(model)
         steps = -(-len(parts["train"]) // config.batch_size) * config.epochs
         loss = task_loss(config.mask_loss, config.depth_loss, config.depth_weight).to(DEVICE)
         groups = [{"params": model.parameters()}]
@@ -1920,14 +1958,16 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
             for name, part in keep.items():
                 if checkpoint.get(name):  # a scaler that is off has no state, nor has a loss with fixed weights
                     part.load_state_dict(checkpoint[name])
+            for group in optimizer.param_groups:
+                group["fused"] = optimizer.defaults.get("fused")  # as this device has it, not the one that wrote the checkpoint
             history, seconds = checkpoint["history"], checkpoint["seconds"]
             if not quiet:
                 print(f"{config.name}: goes on after epoch {len(history)}")
         step = _Step(model, loss, config.precision)
-        if processes > 1:  # buffers are the same everywhere; with one task alone, one decoder is not used
+        if processes > 1:  # with one task alone, one decoder is not used
             alone = None in (config.mask_loss, config.depth_loss)
             step = nn.parallel.DistributedDataParallel(step, find_unused_parameters=alone)
-        with first():
+        with local_first():
             place = ds.place
         if not quiet:
             print(f"{config.name}: {place}")
@@ -2028,7 +2068,8 @@ class _Step(nn.Module):
         self.model, self.loss, self.precision = model, loss, precision
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        with autocast(self.precision):
+        # Of an empty share, torch's SyncBatchNorm sends sums in its input's type; the others expect float32.
+        with autocast(self.precision if len(batch["bg"]) else "float32"):
             mask_logits, depth = self.model(batch["bg"], batch["fg_bg"])
         pictures = (mask_logits, depth, batch["mask"], batch["depth"])
         if not len(depth):  # the last batch left nothing for this process: a black picture, which counts nothing
@@ -2042,21 +2083,21 @@ def _train_epoch(
     """One pass over the samples; gives the mean loss. Everything random in it depends on seed and epoch alone, which makes
     going on after an interruption exact.
 
-    Nothing in the loop waits for the GPU. Of several processes, each takes every so manieth sample of a batch; what is random
-    is drawn for the whole batch, and the losses are weighed so that their mean is that of one process.
+    With one GPU, nothing in the loop waits for it (but RMSprop in float16). Of n processes, each takes every n-th sample of a
+    batch; what is random is drawn for the whole batch, and the losses are weighted so that their mean is that of one process.
     """
-    model, _, optimizer, schedule, scaler = keep.values()
+    model, optimizer, schedule, scaler = (keep[name] for name in ("model", "optimizer", "schedule", "scaler"))
     process, processes = _processes()
     step.train()
     torch.manual_seed(config.seed * 1_000_003 + epoch)
     order = indices[torch.randperm(len(indices)).numpy()]
     batches = np.split(order, range(config.batch_size, len(order), config.batch_size))
     share = slice(process, None, processes)
-    ahead = _ahead(lambda batch: ds.batch(batch[share], DEVICE), batches)
+    ahead = _prefetch(lambda batch: ds.batch(batch[share], DEVICE), batches)
     total = torch.zeros((), device=DEVICE)  # summed on the device: reading each value would wait for the GPU
     show = {"disable": True} if quiet else {}  # else the environment variable TQDM_DISABLE decides
     about = {"desc": f"epoch {epoch}/{config.epochs}", "unit": " images", "leave": False, "mininterval": 1, "file": sys.stdout}
-    with tqdm(total=len(order), **about, **show) as bar, _saying_what_to_set(config):
+    with tqdm(total=len(order), **about, **show) as bar, _explain_out_of_memory(config):
         for whole, batch in zip(batches, ahead, strict=True):
             batch = to_float(batch, DEVICE)
             if "mirror" in config.augment:
@@ -2084,7 +2125,7 @@ def _train_epoch(
 
 
 @contextlib.contextmanager
-def _saying_what_to_set(config: Config) -> Iterator[None]:
+def _explain_out_of_memory(config: Config) -> Iterator[None]:
     """Turns the error of memory that does not suffice into a sentence that helps."""
     try:
         yield
@@ -2481,7 +2522,7 @@ if __name__ == "__main__":  # accelerate launch helpers.py CONFIG.json: a saved 
         sys.exit("Give the JSON file of one Config: accelerate launch helpers.py CONFIG.json")
     try:
         run(Config.load(sys.argv[1]))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         sys.exit(str(error))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -962,3 +962,18 @@ def test_a_batch_of_one_is_not_told_to_be_one(config, failing):
     with pytest.raises(MemoryError) as caught:
         run(renamed(config, batch_size=1))
     assert "batch_size to 1" not in str(caught.value)
+
+
+def test_a_prefetching_thread_has_the_callers_number_of_threads_also_after_decoding(data):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        counts = [list(helpers._prefetch(count_threads, [ZipDataset(data, size=24)] * 2)) for _ in range(2)]
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [[2, 2], [2, 2]]
+
+
+def count_threads(ds):
+    ds.batch(range(24))
+    return torch.get_num_threads()

@@ -19,7 +19,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for when this file is run by itself, below
 
 import helpers
-from helpers import MODELS, Config, ResUNet, SharedBatchNorm, read_run, run
+from helpers import MODELS, Config, ResUNet, SyncBatchNormCPU, read_run, run
 
 ROOT = Path(__file__).resolve().parents[1]
 # Without GPUs, too, the launcher of several GPUs starts as many processes as it is told.
@@ -280,7 +280,7 @@ def test_a_notebook_leaves_the_gpus_to_the_processes_that_it_launches(data):
 
 def test_items_made_ahead_come_in_order_and_not_too_early():
     begun, before = [], threading.active_count()
-    ahead = helpers._ahead(lambda item: begun.append(item) or 2 * item, iter(range(8)), most=2)
+    ahead = helpers._prefetch(lambda item: begun.append(item) or 2 * item, iter(range(8)), most=2)
     for taken, item in enumerate(ahead, 1):
         time.sleep(0.02)  # time enough to begin more
         assert item == 2 * (taken - 1)
@@ -291,14 +291,14 @@ def test_items_made_ahead_come_in_order_and_not_too_early():
 def test_a_failure_ahead_is_raised_at_its_place():
     before, received = threading.active_count(), []
     with pytest.raises(ZeroDivisionError):
-        for item in helpers._ahead(lambda item: 6 // (3 - item), range(8)):
+        for item in helpers._prefetch(lambda item: 6 // (3 - item), range(8)):
             received.append(item)
     assert received == [2, 3, 6] and threading.active_count() == before
 
 
 def test_what_is_made_ahead_may_be_left():
     before = threading.active_count()
-    ahead = helpers._ahead(str, range(8))
+    ahead = helpers._prefetch(str, range(8))
     assert next(ahead) == "0"
     ahead.close()
     assert threading.active_count() == before
@@ -331,7 +331,7 @@ def main(data, folder):
     torch.save(measured(data, folder / "by two" / "berhu"), folder / f"measured {process}")
     (folder / f"written {process}").write_text(json.dumps(written))
     for share in (4, 7):  # the second process has three samples, or none
-        whole, slope, norm = norm_example(SharedBatchNorm)
+        whole, slope, norm = norm_example(SyncBatchNormCPU)
         mine = slice(share) if process == 0 else slice(share, None)
         torch.save(norm_results(norm, whole[mine], slope[mine]), folder / f"norm {share} {process}")
     torch.distributed.destroy_process_group()

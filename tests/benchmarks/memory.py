@@ -1,6 +1,6 @@
 """What a large zip takes: to open 1.2 million entries, and to read 400,000 samples at 64 px from first to last.
 
-Prints two Markdown tables: python tests/benchmarks/memory.py [ZIP] [--samples 400000]
+Prints two Markdown tables and a line: python tests/benchmarks/memory.py [ZIP] [--samples 400000]
 The first is of a zip of names with next to nothing in them, which it writes; the second of ZIP, without which notebook 00
 draws one (11 minutes on two cores). Memory is that which only these processes use, anonymous and shared between them: pages
 of files, such as the zip, the cache on disk and libraries, the system drops when it needs room. It takes Linux to tell.

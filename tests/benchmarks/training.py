@@ -3,7 +3,7 @@
 Prints Markdown tables: python tests/benchmarks/training.py [--threads N] [--rounds N]
 Plain is what torch does unasked: float32 (on a GPU cuDNN's TensorFloat-32), pictures with one colour after the other, an
 optimizer that is not fused, memory given back to the system. The two take turns, so that what disturbs one disturbs the
-other, and medians count. Neither reads pictures; the second table adds that.
+other, and medians count. Neither reads pictures; the last table adds that.
 """
 
 import argparse
