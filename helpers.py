@@ -637,15 +637,16 @@ class _Cache:
                 whole = file.read(len(head)) == head
         if not whole:
             part = self._file.with_name(f"{self._file.name}.{os.getpid()}")
-            with open(part, "wb") as file:
-                file.write(head)
-            try:  # all its room at once: on a full disk, writing to a page would end the process
-                with open(part, "r+b") as file:
+            try:
+                with open(part, "wb") as file:
+                    file.write(head)
+                    file.flush()
+                    # All its room at once: on a full disk, writing to a page would end the process.
                     reserve = getattr(os, "posix_fallocate", lambda descriptor, _, length: os.truncate(descriptor, length))
                     reserve(file.fileno(), 0, length)
                 os.replace(part, self._file)
             except OSError:
-                part.unlink()
+                part.unlink(missing_ok=True)
                 raise
         with open(self._file, "r+b") as file:
             return mmap.mmap(file.fileno(), length)
@@ -665,7 +666,8 @@ def _folder_of(archive: Path, path: Path) -> str:
     return "" if archive == path else f"{archive.stem}/"
 
 
-# Where a file lies: in which zip, and there its header in the directory and its data. Without a zip: -1, its number, 0.
+# Where a file lies: in which zip, and there its header in the directory and its data. Without a zip: -1, its number, and the
+# time when it was written.
 FILES = np.dtype([("archive", np.int16), ("header", np.int64), ("offset", np.int64)])
 # A zip's directory has such a header for each entry, and name, extra field and comment after it. PKWARE, APPNOTE.TXT, 4.3.12.
 HEADER = np.dtype(
