@@ -70,6 +70,13 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
+
+def _give_back_memory() -> None:
+    """Returns free memory to the system, where glibc would keep it: to open a zip, a million names take hundreds of MB."""
+    with contextlib.suppress(AttributeError, NameError):  # other C libraries
+        glibc.malloc_trim(0)
+
+
 # ---------- Where it runs ---------------------------------------------------------------------------------------------
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -280,9 +287,10 @@ class ZipDataset(torch.utils.data.Dataset):
         rows = self._match(names)
         _warn_of_unused(self.path, names, rows)
         del names
-        with contextlib.suppress(AttributeError, NameError):  # else glibc keeps what a million names took, for later
-            glibc.malloc_trim(0)
+        _give_back_memory()  # before free memory is measured
         self._choose(rows)
+        del rows
+        _give_back_memory()
 
     def _match(self, names: Sequence[str]) -> np.ndarray:
         """Which files make a sample: rows (samples, 4). And whose they are: the ids of backgrounds and objects."""
