@@ -186,6 +186,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mask-and-depth"
 
 
+def _processes_here() -> int:
+    """How many processes of this machine train together."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())) if dist.is_initialized() else 1
+
+
 def _free_memory() -> int:
     """Bytes that are free in memory; in a container, of what it may have."""
     free = psutil.virtual_memory().available
@@ -462,7 +467,7 @@ class ZipDataset(torch.utils.data.Dataset):
         # Decoders let other threads run. Each has a share, since to hand over picture by picture costs as much as it brings.
         threads = torch.get_num_threads()  # one in a worker process
         if dist.is_initialized():  # for training, accelerate gives each process one; decoding may have its part of the cores
-            threads = max(threads, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
+            threads = max(threads, os.cpu_count() // _processes_here())
         parts = np.array_split(files, max(1, min(threads, len(files))))
         if len(parts) < 2:
             return self._decode_share(kind, files)
@@ -573,9 +578,8 @@ class _Cache:
         # Pages that a crash of the machine kept from the disk would be black, so a file is good until the next start.
         start = f"{round(psutil.boot_time(), -2):.0f}"
         self._file = cache_folder() / f"{start}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pictures"
-        free = {"memory": _free_memory(), "disk": _free_disk(cache_folder())}
-        if dist.is_initialized():  # each of the machine's processes keeps its own
-            free["memory"] //= int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        # Each of the machine's processes keeps its own in memory.
+        free = {"memory": _free_memory() // _processes_here(), "disk": _free_disk(cache_folder())}
         if torch.cuda.is_available() and torch.utils.data.get_worker_info() is None:
             free = {"gpu": torch.cuda.mem_get_info()[0]} | free
         self._free = free
