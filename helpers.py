@@ -9,9 +9,11 @@ and grows with distance.
 import array
 import collections
 import contextlib
+import copy
 import csv
 import ctypes
 import dataclasses
+import errno
 import functools
 import hashlib
 import html
@@ -21,21 +23,29 @@ import json
 import math
 import mmap
 import os
+import pickletools
 import platform
+import queue
+import random
 import re
 import shutil
+import signal
+import stat
 import struct
 import sys
+import threading
 import time
+import uuid
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import accelerate
+import filelock
 import matplotlib.pyplot as plt
 import numpy as np
 import PIL
@@ -127,7 +137,8 @@ def workspace() -> Path:
         folder = ROOT / Path(os.environ["WORKSPACE"]).expanduser()
     else:
         folder = (_drive_folder() if in_colab() else None) or ROOT / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
+    if not _on_drive(folder):  # which may not answer; what is copied there makes its folder
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -148,8 +159,10 @@ def data_zip(path: str | Path = "") -> Path:
         if found is None:
             raise FileNotFoundError(f"{given}: there is no such file. Give the path of a data set zip, or none for the sample.")
     else:
-        found = workspace() / "scenes.zip"
-        if not found.exists():
+        found, copies = work_folder() / "scenes.zip", _copies()
+        if copies and not found.exists():
+            found = workspace() / "scenes.zip"
+        if not (copies.in_time(found.exists) if copies else found.exists()):
             return ROOT / "assets" / "sample.zip"
     return found if found.is_dir() or DRIVE not in found.resolve().parents else _copy_from_drive(found)
 
@@ -206,11 +219,397 @@ def _free_disk(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Gives a name to write to, and puts the written file in place of `path` only once it is whole."""
+def _replacing(path: Path, before: Path | None = None) -> Iterator[Path]:
+    """Gives a name to write to, and puts the written file in place of `path` only once it is whole. The file that was there
+    becomes `before`, if that is given."""
     part = path.with_name(path.name + ".part")
-    yield part
+    try:
+        yield part
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{path} could not be written ({error.strerror}). What was there before is whole") from error
+    if before is not None and path.exists():
+        os.replace(path, before)
     os.replace(part, path)
+
+
+# ---------- Where it runs: copies on Google Drive ------------------------------------------------------------------------
+
+
+def _on_drive(path: Path) -> bool:
+    return DRIVE in path.parents
+
+
+def work_folder() -> Path:
+    """The folder on the local disk where results are made, in the places that they have in the workspace. It is the workspace
+    itself, or, where that is on Google Drive, `runs/` beside helpers.py; `keep` then has copies made on Drive."""
+    folder = workspace()
+    if _on_drive(folder):
+        folder = ROOT / "runs"
+        folder.mkdir(exist_ok=True)
+    return folder
+
+
+def keep(path: str | Path) -> None:
+    """Has a file or folder of the work folder copied to the workspace, where that is on Drive: in the background, checked, and
+    as often as it takes. A line says when Drive begins to fail and when it answers again. Returns at once."""
+    if copies := _copies():
+        copies.put(Path(path).relative_to(copies.local).as_posix())
+
+
+def fetch(name: str | Path) -> Path:
+    """The place of a file or folder in the work folder, brought from Drive where it is there alone. Where it is nowhere,
+    nothing is at that place. Raises OSError where Drive does not answer."""
+    path = work_folder() / name
+    if (copies := _copies()) and not path.exists():
+        copies.bring(Path(name).as_posix())
+    return path
+
+
+def drive_report(patience: float = 600) -> str:
+    """What is on Drive and what is not, for the end of a notebook. Waits for the copies under way, at most `patience` seconds
+    without progress."""
+    if not in_colab() and not _copies():
+        return "Not in Colab: what was made is in the workspace and stays there."
+    if not (copies := _copies()):
+        return f"Nothing is on Google Drive: what was made is in {work_folder()} and goes with this machine. Download it."
+    while copies.wanted and time.monotonic() - copies.moved < patience:
+        time.sleep(0.2)
+        copies.say()
+    return copies.report()
+
+
+@functools.lru_cache(maxsize=1)
+def _copies_of(local: Path, drive: Path, process: int) -> "_Copies":
+    return _Copies(local, drive)
+
+
+def _copies() -> "_Copies | None":
+    """What copies results to Drive, or None where the workspace is not there."""
+    return _copies_of(work_folder(), workspace(), os.getpid()) if _on_drive(workspace()) else None
+
+
+_PATIENCE, _RETRY, _BEAT = 120.0, 30.0, 60.0  # seconds: until Drive counts as hung, between tries, between signs of life
+
+
+class _Copies:
+    """Copies on Drive of what is made on the local disk. A thread of their own makes them, so that nothing else ever waits for
+    Drive, which may fail, hang, vanish and come back.
+
+    What is there is never replaced by less: a run that is further on Drive, or of another Config, is left alone there.
+    """
+
+    def __init__(self, local: Path, drive: Path):
+        self.local, self.drive = local, drive
+        self.wanted: dict[str, int] = {}  # names in both folders that are to be copied; how often that was asked
+        self.copied: dict[str, tuple] = {}  # what is on Drive: file -> time and size of the local one
+        self.refused: dict[str, str] = {}  # runs that are not copied, and why
+        self.moved = self._read = time.monotonic()  # when a copy last went on, and something read from Drive
+        self.trouble, self._said = "", ""
+        self._compared, self._running = set(), set()  # runs that Drive was asked about; runs under way
+        self._wake, self._thread, self._patience = threading.Condition(), None, _PATIENCE
+        machine = local / ".machine"
+        if not machine.exists():
+            machine.write_text(uuid.uuid4().hex)
+        self._machine = machine.read_text()
+
+    # ----- asked for by the notebook
+
+    def put(self, name: str) -> None:
+        with self._wake:
+            self.wanted[name] = self.wanted.get(name, 0) + 1
+            if self._thread is None:
+                self._start()
+            self._wake.notify()
+        self.say()
+
+    def begin(self, name: str) -> None:
+        """Before a run: brings it from Drive where it is further there. Raises RuntimeError where another machine is at it."""
+        if not self.trouble:
+            try:
+                self._wait_for_others(name)
+                if self.in_time(self._compare, name):
+                    self.bring(name)
+            except (OSError, ValueError) as error:
+                self.trouble = _reason(error)
+        with self._wake:
+            self._running.add(name)
+        self.put(name)
+
+    def end(self, name: str) -> None:
+        with self._wake:
+            self._running.discard(name)
+        self.put(name)
+
+    def say(self) -> None:
+        """Prints a line when Drive begins to fail and when it answers again. A thread that hangs is left behind."""
+        with self._wake:
+            if self.wanted and not self.trouble and time.monotonic() - self.moved > self._patience:
+                self.trouble = "it does not answer"
+            if self.wanted and time.monotonic() - self.moved > self._patience:
+                self._patience *= 2
+                self._start()
+            trouble = self.trouble
+        if trouble and not self._said:
+            tqdm.write(f"Google Drive fails ({trouble}). Work goes on; what is missing there is copied once it answers.")
+        elif self._said and not trouble:
+            tqdm.write("Google Drive answers again.")
+        self._said = trouble
+
+    def report(self) -> str:
+        """What is on Drive and what is not."""
+        sentences = [f"On Google Drive, in {self.drive}: {len(self.copied)} files, each read back and compared."]
+        sentences += [f"Not there: {name}, as {why}. It is in {self.local}." for name, why in self.refused.items()]
+        if self.wanted:
+            missing, why = ", ".join(self.wanted), self.trouble or "there was no time yet"
+            sentences.append(f"Not there, or not as it is here: {missing} ({why}). It is in {self.local}; download it.")
+        sentences.append("Drive uploads in its own time: leave this machine running for some minutes.")
+        return "\n".join(sentences)
+
+    def bring(self, name: str) -> None:
+        """Puts a file or folder of Drive in the place of the local one. Raises OSError."""
+        got = self.in_time(self._download, name)
+        if got is not None:
+            target = self.local / name
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(got, target)
+            self.copied |= {file: _stamp(path) for file, path in self._files(name).items()}
+
+    def in_time(self, function: Callable, *values: object) -> object:
+        """function(*values), by a thread that is left behind when Drive does not go on: then this raises TimeoutError."""
+        outcome, self._read = queue.SimpleQueue(), time.monotonic()
+
+        def work() -> None:
+            try:
+                outcome.put((function(*values), None))
+            except Exception as error:
+                outcome.put((None, error))
+
+        threading.Thread(target=work, daemon=True).start()
+        while time.monotonic() - self._read < _PATIENCE:
+            with contextlib.suppress(queue.Empty):
+                value, error = outcome.get(timeout=min(1.0, _PATIENCE))
+                if error is not None:
+                    raise error
+                return value
+        raise TimeoutError("it does not answer")
+
+    def _download(self, name: str) -> Path | None:
+        """A local copy of a file or folder of Drive; pictures, packed there, are a folder again. None: nothing is there."""
+        source, target = self.drive / name, cache_folder() / "from_drive" / uuid.uuid4().hex / Path(name).name
+        files = [source] if source.is_file() else [file for file in sorted(source.rglob("*")) if file.is_file()]
+        files = [file for file in files if file.name != _NOTE and file.suffix != ".part"]
+        for file in files:
+            place = target / file.relative_to(source)  # of a file alone it is the target
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if re.fullmatch(r"epoch_\d+\.zip", file.name):
+                _unpack(file.read_bytes(), place.with_suffix(""))
+            else:
+                with open(file, "rb") as there, open(place, "wb") as here:
+                    while block := there.read(2**22):
+                        here.write(block)
+                        self._read = time.monotonic()
+            os.utime(place.with_suffix("") if not place.exists() else place, ns=(file.stat().st_mtime_ns,) * 2)
+        return target if files else None
+
+    def _wait_for_others(self, name: str) -> None:
+        """Raises RuntimeError where another machine that was at the run a moment ago gives a sign of life."""
+        note = self.in_time(self._note, name)
+        wait = note["time"] + 2.5 * _BEAT - time.time() if note else 0.0
+        if wait > 0:
+            print(f"{name}: another machine was at this run a moment ago. Waits {wait:.0f} seconds for a sign of it.")
+        until = time.monotonic() + wait
+        while time.monotonic() < until:
+            time.sleep(min(5.0, _BEAT / 4))
+            now = self.in_time(self._note, name)
+            if now and now != note:
+                raise RuntimeError(f"Another machine is at the run {name!r}. Wait for it, or take another name.")
+
+    # ----- done by the thread
+
+    def _start(self) -> None:
+        self.moved = time.monotonic()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _still(self) -> None:
+        """Notes progress. Ends a thread that has been left behind and now goes on after all."""
+        if threading.current_thread() is not self._thread:
+            raise SystemExit
+        self.moved = time.monotonic()
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                if not self.wanted:
+                    self._wake.wait(_BEAT)
+                if not self.wanted:
+                    self.moved = time.monotonic()
+                asked = dict(self.wanted)
+                running = set(self._running)
+            trouble = ""
+            for name in [*asked, *sorted(running - set(asked))]:
+                try:
+                    self._copy_all(name)
+                    with self._wake:
+                        if self.wanted.get(name) == asked.get(name):
+                            self.wanted.pop(name, None)
+                except (OSError, ValueError) as error:  # the next ones may do better: a folder may be full, and Drive not
+                    trouble = _reason(error)
+                self._still()
+            with self._wake:
+                self.trouble = trouble
+                if trouble:
+                    self._wake.wait(_RETRY)
+                else:
+                    self._patience = _PATIENCE
+
+    def _copy_all(self, name: str) -> None:
+        """Makes a file or folder on Drive as it is here."""
+        is_run = (self.local / name / "config.json").exists()
+        if is_run and name not in self._compared and self._compare(name):
+            self.refused[name] = "Drive holds the same run, and it is further there"
+        if name in self.refused:
+            return
+        if is_run:
+            self._sign(name)
+        with contextlib.ExitStack() as stack:
+            # Opened first and copied last, the checkpoint on Drive is never ahead of what belongs to it.
+            opened = {}
+            with contextlib.suppress(FileNotFoundError):
+                opened[f"{name}/checkpoint.pt"] = stack.enter_context(open(self.local / name / "checkpoint.pt", "rb"))
+            files = self._files(name)
+            for file in sorted(files, key=lambda file: (file in opened, file.endswith("/results.json"), file)):
+                path = files[file]
+                try:
+                    stamp = _stamp(path) if file not in opened else _stamp(opened[file].fileno())
+                    if self.copied.get(file, _stamp_there(self.drive / file, stamp)) == stamp:
+                        self.copied[file] = stamp
+                        continue
+                    packed = io.BytesIO(_pack(path)) if path.is_dir() else None
+                    source = opened.get(file) or packed or stack.enter_context(open(path, "rb"))
+                except FileNotFoundError:  # replaced or removed meanwhile; then it has been asked for again
+                    continue
+                _copy(source, self.drive / file, stamp[0], self._still)
+                self.copied[file] = stamp
+        for file in [file for file in self.copied if file.startswith(f"{name}/") and file not in files]:
+            (self.drive / file).unlink(missing_ok=True)
+            del self.copied[file]
+
+    def _files(self, name: str) -> dict[str, Path]:
+        """What is to be on Drive of a file or folder: name there -> file here. The pictures of an epoch go as one zip: Drive
+        fails with many small files."""
+        path = self.local / name
+        if path.is_file():
+            return {name: path}
+        files = {}
+        for each in path.rglob("*"):
+            inside = any(re.fullmatch(r"epoch_\d+", parent.name) for parent in each.relative_to(path).parents)
+            packed = each.is_dir() and re.fullmatch(r"epoch_\d+", each.name)
+            if not inside and (packed or each.is_file()) and not each.name.endswith(".part"):
+                files[each.relative_to(self.local).as_posix() + (".zip" if packed else "")] = each
+        return files
+
+    # ----- runs on Drive
+
+    def _compare(self, name: str) -> bool:
+        """Whether the run on Drive is to be brought: it is further than the one here, or there is none here. One of another
+        Config is left alone on Drive."""
+        here, there = (_progress(folder / name) for folder in (self.local, self.drive))
+        self.refused.pop(name, None)
+        self._compared.add(name)
+        if here and there and here[1] != there[1]:
+            self.refused[name] = "Drive holds a run of that name with another Config"
+            return False
+        return bool(there and (not here or there[0] > here[0]))
+
+    def _note(self, name: str) -> dict:
+        """What another machine has left at a run: who it is and when it last was there."""
+        try:
+            note = json.loads((self.drive / name / _NOTE).read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return note if note.get("machine") != self._machine and isinstance(note.get("time"), float) else {}
+
+    def _sign(self, name: str) -> None:
+        """Tells other machines that this one is at the run, or no longer."""
+        note = self.drive / name / _NOTE
+        if name in self._running:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(json.dumps({"machine": self._machine, "time": time.time()}))
+        else:
+            note.unlink(missing_ok=True)
+
+
+_NOTE = "in_use.json"
+
+
+def _reason(error: Exception) -> str:
+    return f"Errno {error.errno}, {error.strerror}" if getattr(error, "errno", None) else str(error)
+
+
+def _stamp(file: Path | int) -> tuple[int, int]:
+    """When a file was written, in ns, and its size; of a folder, which is packed on Drive, 0."""
+    about = os.stat(file)
+    return about.st_mtime_ns, 0 if stat.S_ISDIR(about.st_mode) else about.st_size
+
+
+def _stamp_there(file: Path, stamp: tuple[int, int]) -> tuple[int, int] | None:
+    """The stamp, if the file on Drive has it: then an earlier process has copied it. Drive counts milliseconds."""
+    try:
+        there = _stamp(file)
+    except FileNotFoundError:
+        return None
+    same = abs(there[0] - stamp[0]) < 10**7 and stamp[1] in (0, there[1])
+    return stamp if same else None
+
+
+def _progress(folder: Path) -> tuple[tuple, dict] | None:
+    """How far a run in a folder is, and its settings. None where there is no run."""
+    settings = _settings(folder)
+    finished = (folder / "results.json").exists()
+    return ((finished, len(_read_table(folder / "metrics.csv"))), settings) if settings else None
+
+
+def _copy(source: BinaryIO, target: Path, time_ns: int, moved: Callable[[], None]) -> None:
+    """Writes a file on Drive, reads it back, and only then puts it in its place. Raises OSError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for part in target.parent.glob(f"{target.name}.*.part"):  # of a copy that was cut off
+        part.unlink(missing_ok=True)
+    part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
+    digest = hashlib.blake2b()
+    with open(part, "wb") as copy:
+        while block := source.read(2**22):
+            copy.write(block)
+            digest.update(block)
+            moved()
+        copy.flush()
+        os.fsync(copy.fileno())
+    with open(part, "rb") as copy:
+        if hashlib.file_digest(copy, "blake2b").digest() != digest.digest():
+            raise OSError(errno.EIO, "what was written reads otherwise")
+    os.utime(part, ns=(time_ns, time_ns))
+    moved()
+    os.replace(part, target)
+
+
+def _pack(folder: Path) -> bytes:
+    """The files of a folder, as a zip."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, file.name)
+    return packed.getvalue()
+
+
+def _unpack(packed: bytes, folder: Path) -> None:
+    """The files of such a zip, in a folder; of a name that leads elsewhere, its last part."""
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        for name in archive.namelist():
+            (folder / Path(name).name).write_bytes(archive.read(name))
 
 
 # ---------- Data: a zip in memory -------------------------------------------------------------------------------------
@@ -1484,12 +1883,15 @@ class TaskLoss(nn.Module):
         self.mask_loss = MASK_LOSSES[mask_loss] if mask_loss is not None else None
         self.depth_loss = DEPTH_LOSSES[depth_loss] if depth_loss is not None else None
         self.depth_weight = depth_weight
+        self.terms = torch.zeros(2)  # of the last call, the mask's and the depth's: to say which of them went wrong
         if depth_weight == "learned":
             self.log_variances = nn.Parameter(torch.zeros(2))
 
     def forward(self, mask_logits: Tensor, depth: Tensor, mask_true: Tensor, depth_true: Tensor) -> Tensor:
-        mask_term = self.mask_loss(mask_logits, mask_true) if self.mask_loss is not None else 0
-        depth_term = self.depth_loss(depth, depth_true) if self.depth_loss is not None else 0
+        nothing = depth.new_zeros(())
+        mask_term = self.mask_loss(mask_logits, mask_true) if self.mask_loss is not None else nothing
+        depth_term = self.depth_loss(depth, depth_true) if self.depth_loss is not None else nothing
+        self.terms = torch.stack([term.detach().float() for term in (mask_term, depth_term)])
         if self.depth_weight == "learned":
             terms = torch.stack([mask_term, depth_term])
             return (terms * (-self.log_variances).exp() + self.log_variances).sum()
@@ -1618,8 +2020,8 @@ Results = dict[str, dict[str, float]]  # part of the split -> metric -> mean ove
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that decides a run's result, but for the device, which precision "auto" looks at. (`cache` decides nothing
-    but the speed.)
+    """Everything that decides a run's result, but for the device, which precision "auto" looks at. (`cache` and
+    `checkpoint_minutes` decide nothing of it.)
 
     `Config(name="first", epochs=2)` runs on the sample.
 
@@ -1646,8 +2048,10 @@ class Config:
     batch_size: int = 16
     epochs: int = 10
     augment: str = "mirror"  # or "colour", "mirror+colour", "none"
+    average: float = 0.0  # of the weights over the steps: what is measured and kept decays by this factor a step; 0: none
     precision: str = "auto"  # or "float32", "bfloat16", "float16"
     cache: str = "auto"  # where decoded pictures are kept, as ZipDataset means it: "gpu", "memory", "disk", "none"
+    checkpoint_minutes: float = 5.0  # between checkpoints within an epoch
     seed: int = 0  # of the first weights, the data order and the augmentation
 
     def __post_init__(self):
@@ -1668,9 +2072,11 @@ class Config:
         for field in ("size", "batch_size", "epochs", "lr"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be more than 0.")
-        for field in ("subset", "max_train", "max_test", "clip_norm", "weight_decay"):
-            if getattr(self, field) < 0:
+        for field in ("subset", "max_train", "max_test", "clip_norm", "weight_decay", "checkpoint_minutes"):
+            if not getattr(self, field) >= 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be 0 or more.")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average is {self.average}; it must be 0 or more, and less than 1.")
         if self.size < 11:
             raise ValueError(f"size is {self.size}; SSIM, one of the metrics, looks at windows of 11 pixels.")
 
@@ -1846,9 +2252,10 @@ def _sync_batch_norm(model: nn.Module) -> nn.Module:
 def evaluate(
     model: nn.Module, ds: ZipDataset, indices: np.ndarray, loss: Callable[..., Tensor] | None = None, precision: str = "auto"
 ) -> dict[str, np.ndarray]:
-    """All metrics of `measure` for each of the samples: arrays of len(indices). With a loss also `loss`, which is the same for
-    all samples of a batch of 32: take its mean, a single value says little. The model is left in evaluation mode. Where
-    several processes train together, each calls this, measures its share of the batches, and receives it all."""
+    """All metrics of `measure` for each of the samples, and `mask_area`, the share of pixels that it takes for the object:
+    arrays of len(indices). With a loss also `loss`, which is the same for all samples of a batch of 32: take its mean, a
+    single value says little. The model is left in evaluation mode. Where several processes train together, each calls this,
+    measures its share of the batches, and receives it all."""
     model.eval()
     process, processes = _processes()
     batches, measured = np.split(indices, range(32, len(indices), 32)), []
@@ -1857,6 +2264,7 @@ def evaluate(
         with autocast(precision):
             outputs = model(batch["bg"], batch["fg_bg"])
         values = measure(*outputs, batch["mask"], batch["depth"])
+        values["mask_area"] = (outputs[0] > 0).float().mean((1, 2, 3))
         if loss is not None:
             values["loss"] = loss(*outputs, batch["mask"], batch["depth"]).expand(len(batch["bg"]))
         measured.append(values)
@@ -1900,13 +2308,15 @@ def parts_of(config: Config, ds: ZipDataset) -> dict[str, np.ndarray]:
 def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> Run:
     """Trains, or goes on, or reads: whatever is left to do for this Config.
 
-    The run lives in the folder `<workspace>/<name>/`. Where it is not there, it is started; cut off, it goes on after the
-    last whole epoch, on a CPU to the same result as if it never had been, on a GPU up to rounding; finished, it is read and
-    nothing is trained.
+    The run lives in the folder `<workspace>/<name>/`. Where it is not there, it is started; cut off at whatever moment, it goes
+    on from its last checkpoint, on a CPU to the same result as if it never had been, on a GPU up to rounding; finished, it is
+    read and nothing is trained. A checkpoint is written after each epoch, every `config.checkpoint_minutes` within one, and
+    when the stop button is pressed. Where the workspace is on Drive, the run lives in `work_folder()` and copies go to Drive.
     In it: `config.json`; `metrics.csv`, a row an epoch; `timing.csv`, the seconds, apart because no two runs share them;
-    `checkpoint.pt`, all that is needed to go on; `best.pt`, the weights of the least validation loss; `results.json`, the
-    metrics of those weights on all but the training samples, once finished; and `images/epoch_NNN/`, for four training and
-    four test samples the inputs, the truth and the predictions.
+    `checkpoint.pt`, all that is needed to go on, and until the run is finished `checkpoint_before.pt`, in case that one is
+    damaged; `best.pt`, the weights of the least validation loss; `results.json`, the metrics of those weights on all but the
+    training samples, once finished; and `images/epoch_NNN/`, for four training and four test samples the inputs, the truth
+    and the predictions.
 
     Several processes that accelerate has started train together: `batch_size` is that of all, the result that of one process up
     to rounding (a loss of your own that looks at a whole batch at once sees a process's share of it), and the first alone
@@ -1919,7 +2329,8 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
 
     Raises:
         ValueError: the folder holds a run of another Config or other data (the differences are named); the network cannot
-            take the size; a loss is not finite, with the epoch.
+            take the size; a loss is not finite (which, and of which samples).
+        RuntimeError: another notebook or program is at this run.
         MemoryError: a batch does not fit into memory; the message says what to set.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by accelerate, as one of several
@@ -1927,103 +2338,393 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     process, processes = _processes()
     quiet = quiet or process > 0
     local_first = accelerate.PartialState().local_main_process_first if processes > 1 else contextlib.nullcontext
-    with local_first():  # what goes to the local disk, the others find there
-        ds = open_zip(data_zip(config.data), config.size, config.depth_near, config.subset, config.cache)
-    parts = parts_of(config, ds)
-    folder = workspace() / config.name
-    settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint}
-    if (folder / "config.json").exists():  # data are known by their content, not by path or cache, which may change
-        saved = json.loads((folder / "config.json").read_text())
-        theirs = dataclasses.asdict(Config(config.name)) | saved | {"data": config.data, "cache": config.cache}
-        keys = [key for key in settings if settings[key] != theirs.get(key)]
-        if keys:
-            changes = ", ".join(f"{key} was {theirs.get(key)!r} and is {settings[key]!r}" for key in keys)
-            raise ValueError(f"The run {config.name!r} exists, but {changes}. Take another name, or delete its folder.")
-    if (folder / "results.json").exists():
-        if not quiet:
-            print(f"{config.name}: finished before, read from its folder")
-        return read_run(folder)
+    folder = work_folder() / config.name
+    with _alone(config.name) if process == 0 else contextlib.nullcontext():
+        with local_first():  # what goes to the local disk, the others find there
+            ds = open_zip(data_zip(config.data), config.size, config.depth_near, config.subset, config.cache)
+        parts = parts_of(config, ds)
+        settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint}
+        _refuse_another(config, folder, settings)
+        if (folder / "results.json").exists():
+            finished = read_run(folder)
+            if not quiet:
+                print(f"{config.name}: finished before, read from its folder")
+        else:
+            with _own_random_numbers(config.seed):
+                training = _Training(config, ds, parts, folder, quiet)
+                if process == 0:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    _write_json(folder / "config.json", settings)
+                with local_first():
+                    training.go_on()
+                    place = ds.place
+                if not quiet:
+                    print(f"{config.name}: {place}")
+                last = config.epochs if stop_after is None else min(stop_after, config.epochs)
+                while len(training.history) < last:
+                    with _explain_out_of_memory(config):
+                        training.epoch()
+                if len(training.history) == config.epochs:
+                    with _explain_out_of_memory(config):
+                        training.finish()
+                _wait_for_all()
+            finished = read_run(folder)
+        if process == 0 and finished.results and (said := _collapse(finished)):
+            tqdm.write(f"{config.name}: {said}")
+    return finished
 
-    with torch.random.fork_rng([torch.cuda.current_device()] if DEVICE.type == "cuda" else []):
-        torch.manual_seed(config.seed)
-        model = MODELS[config.model]().to(DEVICE, memory_format=torch.channels_last)
-        if hasattr(model, "stride"):
-            check_size(model, config.size, config.size)
-        if process == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / "config.json", settings)
-        if processes > 1:
-            model = _sync_batch_norm(model)
+
+def _refuse_another(config: Config, folder: Path, settings: dict) -> None:
+    """Raises ValueError where the folder holds a run of other settings. Data are known by their content, not by their path."""
+    theirs = _settings(folder)
+    keys = [key for key in theirs or () if settings.get(key) != theirs[key]]
+    changes = [f"{key} was {theirs[key]!r} and is {settings.get(key)!r}" for key in keys]
+    if changes:
+        raise ValueError(f"The run {config.name!r} exists, but {', '.join(changes)}. Take another name, or delete its folder.")
+
+
+def _settings(folder: Path) -> dict | None:
+    """What decides the result of the run in a folder, with the defaults of what its config.json does not name. None where there
+    is no run."""
+    if not (folder / "config.json").exists():
+        return None
+    try:
+        settings = dataclasses.asdict(Config("any")) | json.loads((folder / "config.json").read_text())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged ({error}). Delete the folder to begin anew.") from error
+    return {key: value for key, value in settings.items() if key not in ("data", "cache", "checkpoint_minutes")}
+
+
+@contextlib.contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Keeps all others away from a run, on this machine by a lock that goes with the process, on Drive by a note. Brings from
+    Drive what is further there. Raises RuntimeError where another is at it."""
+    folder = work_folder() / name
+    locks = cache_folder() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(locks / hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest(), timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise RuntimeError(f"Another notebook or program is at the run {name!r}. Wait for it, or take another name.") from None
+    copies = _copies()
+    try:
+        if copies:
+            copies.begin(name)
+        yield
+    finally:
+        if copies:
+            copies.end(name)
+        lock.release()
+
+
+def _collapse(run: Run) -> str:
+    """A sentence where the mask of a run's best epoch is all black or all white, whatever the pictures show."""
+    best = min(run.history, key=lambda row: row["valid_loss"])
+    area = best.get("valid_mask_area", math.nan)
+    if run.config.mask_loss is None or not (area > 0.999 or (area < 0.001 and best["valid_iou"] < 0.01)):
+        return ""
+    advice = "The mask has not been learned: try bce_dice, a smaller lr or more epochs, under another name."
+    return f"its mask is all {'white' if area > 0.5 else 'black'} on the validation pictures. {advice}"
+
+
+class _Training:
+    """A run under way: what is trained, with what, how far it has come. To be used within `_own_random_numbers`.
+
+    Everything random in an epoch depends on seed and epoch alone, and what has been drawn of it goes into each checkpoint,
+    which makes going on exact.
+    """
+
+    def __init__(self, config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], folder: Path, quiet: bool):
+        self.config, self.ds, self.parts, self.folder, self.quiet = config, ds, parts, folder, quiet
+        self.process, self.processes = _processes()
+        self.model = MODELS[config.model]().to(DEVICE, memory_format=torch.channels_last)
+        if hasattr(self.model, "stride"):
+            check_size(self.model, config.size, config.size)
+        if self.processes > 1:
+            self.model = _sync_batch_norm(self.model)
+        self.average = copy.deepcopy(self.model) if config.average else nn.Module()
+        self.measured = self.average if config.average else self.model
         steps = -(-len(parts["train"]) // config.batch_size) * config.epochs
-        loss = task_loss(config.mask_loss, config.depth_loss, config.depth_weight).to(DEVICE)
-        groups = [{"params": model.parameters()}]
+        self.loss = task_loss(config.mask_loss, config.depth_loss, config.depth_weight).to(DEVICE)
+        groups = [{"params": self.model.parameters()}]
         if config.depth_weight == "learned":
-            groups.append({"params": loss.parameters(), "weight_decay": 0.0})
-        optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.lr, weight_decay=config.weight_decay)
-        schedule = SCHEDULES[config.schedule](optimizer, config.lr, steps)
-        scaler = torch.amp.GradScaler(DEVICE.type, enabled=compute_dtype(config.precision) == torch.float16)
-        keep = {"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+            groups.append({"params": self.loss.parameters(), "weight_decay": 0.0})
+        self.optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.lr, weight_decay=config.weight_decay)
+        self.schedule = SCHEDULES[config.schedule](self.optimizer, config.lr, steps)
+        self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=compute_dtype(config.precision) == torch.float16)
+        self.step = _Step(self.model, self.loss, config.precision)
+        if self.processes > 1:  # with one task alone, one decoder is not used
+            alone = None in (config.mask_loss, config.depth_loss)
+            self.step = nn.parallel.DistributedDataParallel(self.step, find_unused_parameters=alone)
         # Learned weights change from epoch to epoch; epochs are compared by weights that do not.
         fixed_weight = 1.0 if config.depth_weight == "learned" else config.depth_weight
-        valid_loss, watched = task_loss(config.mask_loss, config.depth_loss, fixed_weight), _watched(parts)
-        history, seconds = [], []
-        if (folder / "checkpoint.pt").exists():
-            checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            for name, part in keep.items():
-                if checkpoint.get(name):  # a scaler that is off has no state, nor has a loss with fixed weights
-                    part.load_state_dict(checkpoint[name])
-            for group in optimizer.param_groups:
-                group["fused"] = optimizer.defaults.get("fused")  # as this device has it, not the one that wrote the checkpoint
-            history, seconds = checkpoint["history"], checkpoint["seconds"]
-            if not quiet:
-                print(f"{config.name}: goes on after epoch {len(history)}")
-        step = _Step(model, loss, config.precision)
-        if processes > 1:  # with one task alone, one decoder is not used
-            alone = None in (config.mask_loss, config.depth_loss)
-            step = nn.parallel.DistributedDataParallel(step, find_unused_parameters=alone)
-        with local_first():
-            place = ds.place
-        if not quiet:
-            print(f"{config.name}: {place}")
+        self.valid_loss = task_loss(config.mask_loss, config.depth_loss, fixed_weight)
+        self.watched = _watched(parts)
+        self.history, self.seconds, self.best = [], [], {}
+        self.within = None  # what the last checkpoint says about the epoch that it was written in
+        self.checkpoint_at = time.monotonic() + 60 * config.checkpoint_minutes
 
-        for epoch in range(len(history) + 1, (config.epochs if stop_after is None else min(stop_after, config.epochs)) + 1):
-            started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
-            train_loss = _train_epoch(config, ds, parts["train"], epoch, step, keep, quiet)
-            seconds.append(time.perf_counter() - started)
-            valid = _means(evaluate(model, ds, parts["valid"], valid_loss, config.precision))
-            for value in (train_loss, valid["loss"]):
-                if not np.isfinite(value):
-                    stands = f"The run stands as after epoch {epoch - 1}; try a smaller lr, under another name."
-                    raise ValueError(f"{config.name}: The loss of epoch {epoch} is {value}. {stands}")
-            history.append({"epoch": epoch, "lr": lr, "train_loss": train_loss})
-            history[-1] |= {f"valid_{name}": value for name, value in valid.items()}
-            if config.depth_weight == "learned":
-                history[-1]["depth_weight"] = (loss.log_variances[0] - loss.log_variances[1]).exp().item()
-            if config.schedule == "plateau":
-                schedule.step(valid["loss"])
+    def _parts(self) -> dict:
+        names = ("model", "average", "loss", "optimizer", "schedule", "scaler")
+        return {name: getattr(self, name) for name in names}
 
-            if process == 0:
-                _save_images(folder / "images" / f"epoch_{epoch:03}", model, ds, watched, config.precision)
-                if valid["loss"] <= min(row["valid_loss"] for row in history):
-                    _save(folder / "best.pt", model.state_dict())
-                states = {name: part.state_dict() for name, part in keep.items()}
-                _save(folder / "checkpoint.pt", states | {"history": history, "seconds": seconds})
-                _write_tables(folder, history, seconds)
-            if not quiet:
-                means = f"loss {valid['loss']:.3f}  IoU {valid['iou']:.3f}  RMSE {valid['rmse']:.3f}"
-                speed = f"({len(parts['train']) / seconds[-1]:.0f} images/s)"
-                print(f"{config.name}  epoch {epoch}/{config.epochs}  loss {train_loss:.3f}  valid: {means}  {speed}")
+    def go_on(self) -> None:
+        """Takes up the last checkpoint that is sound, if there is one; a line says which are not."""
+        checkpoint = None
+        for file in (self.folder / "checkpoint.pt", self.folder / "checkpoint_before.pt"):
+            if checkpoint is None and file.exists():
+                try:
+                    checkpoint = _load_state(file)
+                except (OSError, ValueError) as error:
+                    if self.process == 0:
+                        tqdm.write(f"{self.config.name}: {error} Goes on from before that.")
+        if checkpoint is None:
+            return
+        for name, part in self._parts().items():
+            if checkpoint.get(name):  # a scaler that is off has no state, nor has a loss with fixed weights
+                part.load_state_dict(checkpoint[name])
+        for group in self.optimizer.param_groups:
+            group["fused"] = self.optimizer.defaults.get("fused")  # as this device has it, not the one of the checkpoint
+        self.history, self.seconds = checkpoint["history"], checkpoint["seconds"]
+        self.best, self.within = checkpoint.get("best", {}), checkpoint.get("within")
+        if self.process == 0:
+            if self.best:
+                _save(self.folder / "best.pt", self.best)
+            _write_tables(self.folder, self.history, self.seconds)  # one that was cut off after the checkpoint lacks a row
+        if not self.quiet:
+            print(f"{self.config.name}: goes on after {self._reached()}")
 
-        if process == 0:
-            _write_tables(folder, history, seconds)  # a run that was cut off between checkpoint and tables lacks a row
-        if len(history) == config.epochs:
-            _wait_for_all()  # the best weights are written by one and read by all
-            tests = {part: indices for part, indices in parts.items() if part != "train"}
-            results = score(read_run(folder).model(), ds, tests, config.precision)
-            if process == 0:
-                _write_json(folder / "results.json", results)
-        _wait_for_all()
-    return read_run(folder)
+    def _reached(self) -> str:
+        """How far the last checkpoint is."""
+        if self.within is None:
+            return f"epoch {len(self.history)}"
+        return f"batch {self.within['done']} of epoch {len(self.history) + 1}"
+
+    def save(self, within: dict | None = None) -> None:
+        """Writes a checkpoint, in the midst of an epoch with what that needs, and has it copied."""
+        if self.process == 0:
+            states = {name: part.state_dict() for name, part in self._parts().items()}
+            about = {"history": self.history, "seconds": self.seconds, "best": self.best, "within": within}
+            _save(self.folder / "checkpoint.pt", states | about, before=self.folder / "checkpoint_before.pt")
+            keep(self.folder)
+        self.within, self.checkpoint_at = within, time.monotonic() + 60 * self.config.checkpoint_minutes
+
+    def epoch(self) -> None:
+        """Trains for an epoch, or what is left of it; measures; and writes it all down."""
+        config, epoch = self.config, len(self.history) + 1
+        lr, train_loss, seconds = self._train()
+        values = evaluate(self.measured, self.ds, self.parts["valid"], self.valid_loss, config.precision)
+        wrong = self.parts["valid"][~np.isfinite(values["loss"])]
+        if len(wrong):
+            self._stop(f"the validation loss of epoch {epoch} is not finite", wrong)
+        valid = _means(values)
+        self.seconds.append(seconds)
+        self.history.append({"epoch": epoch, "lr": lr, "train_loss": train_loss})
+        self.history[-1] |= {f"valid_{name}": value for name, value in valid.items()}
+        if config.depth_weight == "learned":
+            self.history[-1]["depth_weight"] = (self.loss.log_variances[0] - self.loss.log_variances[1]).exp().item()
+        if config.schedule == "plateau":
+            self.schedule.step(valid["loss"])
+        if self.process == 0:
+            pictures = self.folder / "images" / f"epoch_{epoch:03}"
+            _save_images(pictures, self.measured, self.ds, self.watched, config.precision)
+            if valid["loss"] <= min(row["valid_loss"] for row in self.history):
+                self.best = {name: tensor.cpu().clone() for name, tensor in self.measured.state_dict().items()}
+                _save(self.folder / "best.pt", self.best)
+        self.save()
+        if self.process == 0:
+            _write_tables(self.folder, self.history, self.seconds)
+        if not self.quiet:
+            means = f"loss {valid['loss']:.3f}  IoU {valid['iou']:.3f}  RMSE {valid['rmse']:.3f}"
+            speed = f"({len(self.parts['train']) / seconds:.0f} images/s)"
+            print(f"{config.name}  epoch {epoch}/{config.epochs}  loss {train_loss:.3f}  valid: {means}  {speed}")
+
+    def finish(self) -> None:
+        """Measures the best weights on all parts of the split but `train`."""
+        _wait_for_all()  # the best weights are written by one and read by all
+        tests = {part: indices for part, indices in self.parts.items() if part != "train"}
+        results = score(load_model(self.folder), self.ds, tests, self.config.precision)
+        if self.process == 0:
+            (self.folder / "checkpoint_before.pt").unlink(missing_ok=True)
+            _write_json(self.folder / "results.json", results)
+
+    def _train(self) -> tuple[float, float, float]:
+        """One pass over the training samples; gives the learning rate at its start, the mean loss and the seconds.
+
+        With one GPU, the loop waits for it at every 50th batch alone (and with RMSprop in float16). Of n processes, each takes
+        every n-th sample of a batch; what is random is drawn for the whole batch, and the losses are weighted so that their
+        mean is that of one process.
+        """
+        config, model, optimizer, process, processes = self.config, self.model, self.optimizer, self.process, self.processes
+        epoch, within, indices = len(self.history) + 1, self.within, self.parts["train"]
+        self.step.train()
+        if within is None:
+            _seed(config.seed * 1_000_003 + epoch)
+            order = indices[torch.randperm(len(indices)).numpy()]
+            within = {"order": torch.from_numpy(order), "done": 0, "total": torch.zeros(()), "seconds": 0.0}
+            within["lr"] = optimizer.param_groups[0]["lr"]
+        else:
+            order = within["order"].numpy()
+            _set_random_states(within["random"])
+        started = time.perf_counter() - within["seconds"]
+        batches = np.split(order, range(config.batch_size, len(order), config.batch_size))
+        share = slice(process, None, processes)
+        ahead = _prefetch(lambda batch: self.ds.batch(batch[share], DEVICE), batches[within["done"] :])
+        # Summed and kept on the device: to read each value would wait for the GPU.
+        total = within["total"].to(DEVICE) if process == 0 else torch.zeros((), device=DEVICE)
+        terms = torch.zeros(len(batches), 2, device=DEVICE)
+        look = 50 if DEVICE.type == "cuda" or processes > 1 else 1
+        show = {"disable": True} if self.quiet else {}  # else the environment variable TQDM_DISABLE decides
+        about = {"desc": f"epoch {epoch}/{config.epochs}", "unit": " images", "leave": False, "mininterval": 1}
+        about |= {"initial": sum(map(len, batches[: within["done"]])), "file": sys.stdout}
+        with tqdm(total=len(order), **about, **show) as bar, _stop_button() as stop:
+            for done, (whole, batch) in enumerate(zip(batches[within["done"] :], ahead, strict=True), within["done"] + 1):
+                batch = to_float(batch, DEVICE)
+                if "mirror" in config.augment:
+                    batch = mirror(batch, torch.rand(len(whole), device=DEVICE)[share])
+                if "colour" in config.augment:
+                    batch = jitter_colours(batch, torch.rand(len(whole), 4, device=DEVICE)[share])
+                counted = len(batch["bg"])
+                loss = self.step(batch)
+                optimizer.zero_grad()
+                self.scaler.scale(loss * (counted * processes / len(whole))).backward()
+                if config.clip_norm:
+                    self.scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+                self.scaler.step(optimizer)
+                self.scaler.update()
+                if config.schedule != "plateau":
+                    with warnings.catch_warnings():  # where float16 overflows, the scaler rightly skips the optimiser's step
+                        warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")
+                        self.schedule.step()
+                if config.average:
+                    _average_into(self.average, model, config.average, (epoch - 1) * len(batches) + done)
+                total += loss.detach() * counted
+                terms[done - 1] = self.loss.terms
+                bar.update(len(whole))
+                if done % look and done < len(batches) and not stop.asked:
+                    continue
+                self._check(terms[:done], batches, share)
+                if stop.asked or (done < len(batches) and self._due()):
+                    self._check_weights(batches[done - 1][share], done)
+                    sums = total.clone()
+                    if processes > 1:
+                        dist.all_reduce(sums)
+                    seconds = time.perf_counter() - started
+                    state = {"done": done, "total": sums.cpu(), "seconds": seconds, "random": _random_states()}
+                    self.save(within | state)
+                stop.end_if_asked()
+        if processes > 1:
+            dist.all_reduce(total)
+        return within["lr"], total.item() / len(order), time.perf_counter() - started
+
+    def _due(self) -> bool:
+        """Whether it is time for a checkpoint, by the clock of the first process."""
+        due = torch.tensor(time.monotonic() >= self.checkpoint_at, device=DEVICE)
+        if self.processes > 1:
+            dist.broadcast(due, 0)
+        return due.item()
+
+    def _check(self, terms: Tensor, batches: Sequence[np.ndarray], share: slice) -> None:
+        """Stops where one of the losses (batches, 2) is not finite."""
+        wrong = (~terms.isfinite()).nonzero()
+        if len(wrong):
+            k, task = wrong[0].tolist()
+            name = f"{KINDS[2 + task]} loss ({(self.config.mask_loss, self.config.depth_loss)[task]})"
+            what = f"the {name} of batch {k + 1} of epoch {len(self.history) + 1} is {terms[k, task].item()}"
+            self._stop(what, batches[k][share])
+
+    def _check_weights(self, samples: np.ndarray, batch: int) -> None:
+        """Stops where a weight is not finite, so that no checkpoint has it."""
+        if not all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
+            self._stop(f"a weight is not finite after batch {batch} of epoch {len(self.history) + 1}", samples)
+
+    def _stop(self, what: str, samples: np.ndarray) -> None:
+        names = ", ".join(self.ds.name(i) for i in samples[:8]) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
+        stands = f"The run stands as after {self._reached()}; try a smaller lr, under another name."
+        raise ValueError(f"{self.config.name}: {what}. Its samples: {names}. {stands}")
+
+
+@torch.no_grad()
+def _average_into(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Moves the running average of weights and statistics on by a step. At first over few steps, so that the random weights of
+    the start are soon forgotten."""
+    decay = min(decay, step / (step + 9))
+    for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if kept.is_floating_point():
+            kept.lerp_(new, 1 - decay)
+        else:
+            kept.copy_(new)
+
+
+class _StopButton:
+    """Whether the run has been asked to end, and by which signal."""
+
+    def __init__(self):
+        self.asked, self._before = None, {}
+
+    def _note(self, number: int, frame: object) -> None:
+        self.asked = number
+        self.give_back()  # a second press ends at once
+
+    def take(self) -> None:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def give_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def end_if_asked(self) -> None:
+        if self.asked is not None:
+            signal.raise_signal(self.asked)
+
+
+@contextlib.contextmanager
+def _stop_button() -> Iterator[_StopButton]:
+    """Within it, the stop button of a notebook (or the system's request to end) waits for the step under way, which it would
+    tear apart, and for a checkpoint. Several processes, which would have to agree on the step, end at once."""
+    button = _StopButton()
+    if threading.current_thread() is threading.main_thread() and not dist.is_initialized():  # where signals arrive
+        button.take()
+    try:
+        yield button
+    finally:
+        button.give_back()
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _random_states() -> dict:
+    """The states of the random numbers of torch, numpy and Python, in types that are safe to load."""
+    name, numbers, *rest = np.random.get_state()
+    gpu = torch.cuda.get_rng_state() if DEVICE.type == "cuda" else None
+    numpy_state = (name, numbers.tolist(), *rest)
+    return {"torch": torch.get_rng_state(), "gpu": gpu, "numpy": numpy_state, "python": random.getstate()}
+
+
+def _set_random_states(states: dict) -> None:
+    torch.set_rng_state(states["torch"])
+    np.random.set_state(states["numpy"])
+    random.setstate(states["python"])
+    if states["gpu"] is not None and DEVICE.type == "cuda":
+        torch.cuda.set_rng_state(states["gpu"])
+
+
+@contextlib.contextmanager
+def _own_random_numbers(seed: int) -> Iterator[None]:
+    """Random numbers that begin with the seed; afterwards the caller's go on as if nothing had been drawn."""
+    before = _random_states()
+    _seed(seed)
+    try:
+        yield
+    finally:
+        _set_random_states(before)
 
 
 def _wait_for_all() -> None:
@@ -2046,6 +2747,7 @@ def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
                 (done.folder / "checkpoint.pt").unlink(missing_ok=True)
                 for epoch in sorted((done.folder / "images").glob("epoch_*"))[:-1]:
                     shutil.rmtree(epoch)
+                keep(done.folder)
             bar.update()
             return done
 
@@ -2091,53 +2793,6 @@ class _Step(nn.Module):
         return self.loss(*pictures)
 
 
-def _train_epoch(
-    config: Config, ds: ZipDataset, indices: np.ndarray, epoch: int, step: nn.Module, keep: dict, quiet: bool
-) -> float:
-    """One pass over the samples; gives the mean loss. Everything random in it depends on seed and epoch alone, which makes
-    going on after an interruption exact.
-
-    With one GPU, nothing in the loop waits for it (but RMSprop in float16). Of n processes, each takes every n-th sample of a
-    batch; what is random is drawn for the whole batch, and the losses are weighted so that their mean is that of one process.
-    """
-    model, optimizer, schedule, scaler = (keep[name] for name in ("model", "optimizer", "schedule", "scaler"))
-    process, processes = _processes()
-    step.train()
-    torch.manual_seed(config.seed * 1_000_003 + epoch)
-    order = indices[torch.randperm(len(indices)).numpy()]
-    batches = np.split(order, range(config.batch_size, len(order), config.batch_size))
-    share = slice(process, None, processes)
-    ahead = _prefetch(lambda batch: ds.batch(batch[share], DEVICE), batches)
-    total = torch.zeros((), device=DEVICE)  # summed on the device: reading each value would wait for the GPU
-    show = {"disable": True} if quiet else {}  # else the environment variable TQDM_DISABLE decides
-    about = {"desc": f"epoch {epoch}/{config.epochs}", "unit": " images", "leave": False, "mininterval": 1, "file": sys.stdout}
-    with tqdm(total=len(order), **about, **show) as bar, _explain_out_of_memory(config):
-        for whole, batch in zip(batches, ahead, strict=True):
-            batch = to_float(batch, DEVICE)
-            if "mirror" in config.augment:
-                batch = mirror(batch, torch.rand(len(whole), device=DEVICE)[share])
-            if "colour" in config.augment:
-                batch = jitter_colours(batch, torch.rand(len(whole), 4, device=DEVICE)[share])
-            counted = len(batch["bg"])
-            loss = step(batch)
-            optimizer.zero_grad()
-            scaler.scale(loss * (counted * processes / len(whole))).backward()
-            if config.clip_norm:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            if config.schedule != "plateau":
-                with warnings.catch_warnings():  # where float16 overflows, the scaler skips the optimiser's step, as it should
-                    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")
-                    schedule.step()
-            total += loss.detach() * counted
-            bar.update(len(whole))
-    if processes > 1:
-        dist.all_reduce(total)
-    return total.item() / len(order)
-
-
 @contextlib.contextmanager
 def _explain_out_of_memory(config: Config) -> Iterator[None]:
     """Turns the error of memory that does not suffice into a sentence that helps."""
@@ -2152,9 +2807,61 @@ def _explain_out_of_memory(config: Config) -> Iterator[None]:
         raise MemoryError(f"{config.name}: {batch}. Set {smaller}, under another name, or cache to 'none'.") from error
 
 
-def _save(path: Path, state: dict) -> None:
-    with _replacing(path) as part:
-        torch.save(state, part)
+def _save(path: Path, state: dict, before: Path | None = None) -> None:
+    """Writes what `_load_state` reads. The file takes its place once it has been read back; the one that was there becomes
+    `before`."""
+    with _replacing(path, before) as part:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _load_state(part)
+
+
+def _load_state(path: Path) -> dict:
+    """What torch.save wrote, if it is a dict of tensors and plain values, whose every byte is checked. Raises ValueError where
+    the file is damaged or something else, above all code."""
+    try:
+        if zipfile.is_zipfile(path):  # as files of PyTorch have been since version 1.6
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("it is compressed, which files of PyTorch never are")
+                if damaged := archive.testzip():
+                    raise ValueError(f"the checksum of {damaged} differs")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what it refuses
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of junk torch.load raises many kinds
+        if code := _code_in(path):
+            raise ValueError(f"{path} is refused: to load it would run code ({code}). Weights need none.") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged, or no file of weights ({reason}).") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is no file of weights, but of one {type(state).__name__}.")
+    return state
+
+
+def _code_in(path: Path) -> str:
+    """The first thing in a pickle, or in a file of PyTorch, that is neither a tensor nor a plain value; read, not run."""
+    allowed, texts = ("torch.", "collections."), []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    except (zipfile.BadZipFile, StopIteration, RuntimeError):
+        pickled = path.read_bytes()
+    stream = io.BytesIO(pickled)
+    with contextlib.suppress(ValueError):  # where what was a pickle ends; old files of PyTorch hold several
+        while True:
+            for code, value, _ in pickletools.genops(stream):
+                texts.append(value if isinstance(value, str) else "")
+                found = value.replace(" ", ".") if code.name == "GLOBAL" else ""
+                if code.name == "STACK_GLOBAL":
+                    found = ".".join([text for text in texts if text][-2:])
+                if found and not found.startswith(allowed):
+                    return found
+    return ""
 
 
 def _write_json(path: Path, values: dict) -> None:
@@ -2197,20 +2904,20 @@ def load_model(weights: str | Path) -> nn.Module:
     path = path / "best.pt" if path.is_dir() else path
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file. Give the folder of a run, or a file of weights.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        shapes = {name: tensor.shape for name, tensor in state.items()}
-    except Exception as error:  # of junk torch.load raises many kinds
-        raise ValueError(f"{path} is no file of weights alone, as torch.save(model.state_dict()) writes them.") from error
+    state = _load_state(path)
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is no file of weights alone, as torch.save(model.state_dict()) writes them.")
+    shapes = {name: tensor.shape for name, tensor in state.items()}
     beside = path.with_name("config.json")
     config = Config.load(beside) if beside.exists() else None
-    for make in [MODELS[config.model]] if config else MODELS.values():
-        with torch.device("meta"):  # shapes without numbers
-            model = make()
-        if shapes == {name: tensor.shape for name, tensor in model.state_dict().items()}:
-            break
-    else:
-        raise ValueError(f"{path} holds the weights of another network than {config.model if config else ', '.join(MODELS)}.")
+    with torch.device("meta"):  # shapes without numbers
+        known = {name: {key: tensor.shape for key, tensor in make().state_dict().items()} for name, make in MODELS.items()}
+    fitting = [name for name in known if known[name] == shapes]
+    if not fitting:
+        raise ValueError(f"{path} holds the weights of a network that is not known here. Known: {', '.join(MODELS)}.")
+    if config and config.model not in fitting:
+        raise ValueError(f"{path} holds the weights of {fitting[0]}, and not of {config.model}, as {beside} says.")
+    make = MODELS[config.model if config else fitting[0]]
     model = make().to(DEVICE, memory_format=torch.channels_last)
     model.load_state_dict(state)
     model.size = config.size if config else 192

@@ -146,6 +146,7 @@ def test_metrics_csv_has_a_row_an_epoch(config, place):
     with open(place / "first" / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     metrics = ["iou", "dice", "pixel_accuracy", "rmse", "mae", "abs_rel", "log10", "delta1", "delta2", "delta3", "ssim"]
+    metrics.append("mask_area")
     assert set(rows[0]) == {"epoch", "lr", "train_loss", "valid_loss", *(f"valid_{name}" for name in metrics)}
     assert [float(row["epoch"]) for row in rows] == [1, 2, 3]
     assert finished.history == [{key: float(value) for key, value in row.items()} for row in rows]
@@ -430,7 +431,7 @@ def test_a_loss_that_is_no_number_stops_the_run_as_it_was(config, place, monkeyp
     run(mine, stop_after=1)
     before = contents(place / "first", without=())
     monkeypatch.setitem(DEPTH_LOSSES, "mine", lambda p, t: p.mean() * float("nan"))
-    with pytest.raises(ValueError, match=r"The loss of epoch 2 is nan\. The run stands as after epoch 1"):
+    with pytest.raises(ValueError, match=r"the depth loss \(mine\) of batch 1 of epoch 2 is nan\..* stands as after epoch 1;"):
         run(mine)
     assert contents(place / "first", without=()) == before
     monkeypatch.setitem(DEPTH_LOSSES, "mine", helpers.l1)
@@ -441,7 +442,7 @@ def test_a_loss_that_is_no_number_stops_the_run_as_it_was(config, place, monkeyp
 
 def test_a_validation_loss_that_is_no_number_stops_the_run_too(config, monkeypatch):
     monkeypatch.setitem(DEPTH_LOSSES, "mine", lambda p, t: p.mean() * (1 if torch.is_grad_enabled() else float("nan")))
-    with pytest.raises(ValueError, match=r"The loss of epoch 1 is nan\. The run stands as after epoch 0"):
+    with pytest.raises(ValueError, match=r"the validation loss of epoch 1 is not finite\..* stands as after epoch 0;"):
         run(renamed(config, depth_loss="mine"))
 
 
