@@ -2380,7 +2380,8 @@ def _refuse_another(config: Config, folder: Path, settings: dict) -> None:
     keys = [key for key in theirs or () if settings.get(key) != theirs[key]]
     changes = [f"{key} was {theirs[key]!r} and is {settings.get(key)!r}" for key in keys]
     if changes:
-        raise ValueError(f"The run {config.name!r} exists, but {', '.join(changes)}. Take another name, or delete its folder.")
+        remedy = f"Take another name, or remove it with discard({config.name!r})."
+        raise ValueError(f"The run {config.name!r} exists, but {', '.join(changes)}. {remedy}")
 
 
 def _settings(folder: Path) -> dict | None:
@@ -2769,6 +2770,13 @@ def read_run(folder: str | Path) -> Run:
     )
 
 
+def discard(name: str) -> None:
+    """Deletes a run, or another folder of the workspace, and its copy on Drive. Raises OSError where Drive does not answer."""
+    shutil.rmtree(work_folder() / name, ignore_errors=True)
+    if copies := _copies():
+        copies.in_time(functools.partial(shutil.rmtree, ignore_errors=True), workspace() / name)
+
+
 def _read_table(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
@@ -2976,6 +2984,9 @@ def predict_images(weights: str | Path, bg: str | Path, image: str | Path, folde
     return Prediction(*files, _show_four(pictures))
 
 
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # of the many that Pillow knows, some start other programs
+
+
 def open_photo(path: str | Path, mode: str = "RGB") -> Image.Image:
     """A photo of a file, the way up that its camera noted; `mode` "RGBA" keeps what is transparent.
 
@@ -2984,7 +2995,7 @@ def open_photo(path: str | Path, mode: str = "RGB") -> Image.Image:
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: there is no such file. Give the path of a photo.")
     try:
-        with Image.open(path) as photo:
+        with Image.open(path, formats=PHOTO_FORMATS) as photo:
             if photo.mode.startswith(("I", "F")):
                 raise ValueError("it has more than 8 bits a channel")
             return ImageOps.exif_transpose(photo).convert(mode)

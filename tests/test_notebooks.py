@@ -1,6 +1,7 @@
 """The notebooks as they are committed: one form, run from top to bottom, nothing of the machine they ran on."""
 
 import ast
+import copy
 import json
 import os
 import re
@@ -10,7 +11,9 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -169,6 +172,26 @@ def test_readme_links_every_notebook_and_what_it_links_exists():
     assert all(f"/blob/main/notebooks/{path.name})" in readme for path in NOTEBOOKS)
 
 
+LONG = bool(os.environ.get("LONG_TESTS"))
+
+
+@pytest.mark.parametrize("name", [path.name for path in NOTEBOOKS[1:]] if LONG else ["01_data.ipynb", "06_predict.ipynb"])
+def test_cells_may_be_run_twice_and_in_another_order(name, tmp_path, monkeypatch):
+    """Every cell twice in a row; then all once more, the last one first. Results that were there stay as they are."""
+    workspace = Path(os.environ["WORKSPACE"])  # where the runs of earlier tests are, which need not be trained again
+    cells = [nbformat.v4.new_code_cell(source(cell)) for cell in code_cells(load(ROOT / "notebooks" / name))]
+    twice = [copy.deepcopy(cell) for cell in cells for _ in (1, 2)]
+    runs = nbformat.v4.new_code_cell(
+        "import hashlib, json, helpers\n"
+        "files = [file for name in ('best.pt', 'metrics.csv') for file in sorted(helpers.workspace().rglob(name))]\n"
+        "print(json.dumps({str(f): hashlib.md5(f.read_bytes()).hexdigest() for f in files if 'interrupted' not in str(f)}))"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[*twice, copy.deepcopy(runs), *map(copy.deepcopy, reversed(cells[2:])), runs])
+    NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": ROOT / "notebooks"}}).execute()
+    before, after = (json.loads(cell.outputs[0].text) for cell in (notebook.cells[len(twice)], notebook.cells[-1]))
+    assert before == after and (before or name == "01_data.ipynb") and workspace.is_dir()
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -179,7 +202,7 @@ def test_readme_links_every_notebook_and_what_it_links_exists():
 )
 def test_an_uploaded_photo_becomes_a_file(tmp_path, value):
     (tmp_path / "06_predict").mkdir()
-    uploaded = function("06_predict.ipynb", "uploaded", Path=Path, workspace=lambda: tmp_path)
+    uploaded = function("06_predict.ipynb", "uploaded", Path=Path, work_folder=lambda: tmp_path)
     path = uploaded(SimpleNamespace(value=value, description="With the object"), "photo")
     assert path == tmp_path / "06_predict" / "photo.jpg" and path.read_bytes() == b"bytes"
 
