@@ -242,7 +242,7 @@ def _pattern(name: str) -> re.Pattern:
 
 CACHES = ("gpu", "memory", "disk", "none")  # where decoded pictures are kept, the fastest first
 _MAX_SHARE = {"gpu": 0.6, "memory": 0.75, "disk": 0.75}  # of what is free there; training needs some too
-_MAX_FILE, _MAX_PIXELS = 2**28, 2**26  # bytes and pixels: a file that claims more is a mistake or a trap
+_MAX_FILE, _MAX_PIXELS = 2**27, 2**26  # bytes and pixels: a file that claims more is a mistake or a trap
 _CHUNK = 2**26  # bytes of pictures that a thread holds at full size
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
@@ -708,6 +708,8 @@ def _reason(error: Exception) -> str:
     """What a system's or a decoder's error says, in the words that fit into a sentence."""
     if isinstance(error, PIL.UnidentifiedImageError):
         return f"it is none of {', '.join(_FORMATS)}"
+    if isinstance(error, struct.error) and "unpack" in str(error):
+        return "its headers contradict each other"
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
 
 
@@ -990,7 +992,7 @@ def _read_directory(path: Path, defects: _Defects) -> tuple[list[_File], np.ndar
     checksums.append(np.array([file.stat().st_size % 2**32 for file in loose], np.uint32))
     loose = [file.relative_to(path).as_posix() for file in loose]
     names += map(_printable, loose)
-    litter = re.compile(r"/$|(^|/)(__MACOSX/|\.[^/]|Thumbs\.db$|desktop\.ini$)")  # and a zip's entries for folders
+    litter = re.compile(r"/$|(^|/)(__MACOSX/|\.(?!\./)[^/]|Thumbs\.db$|desktop\.ini$)")  # and a zip's entries for folders
     kept = np.array([i for i, name in enumerate(names) if not litter.search(name)], int)
     if not len(kept):
         raise ValueError(f"{defects.path} holds no files. A data set has pictures of four kinds: bg, fg_bg, mask and depth.")
