@@ -32,7 +32,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -248,7 +248,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
 class ZipDataset(torch.utils.data.Dataset):
-    """The samples of a data set zip, read from memory and never unpacked to disk. Or of a folder that holds the same files
+    """The samples of a data set zip, read from it and never unpacked to disk. Or of a folder that holds the same files
     unpacked, or in several zips (a zip's name then stands for a folder around its files).
 
     The zip's directory becomes one array. Every picture is decoded when it is first asked for, by as many threads as torch
@@ -503,7 +503,8 @@ class ZipDataset(torch.utils.data.Dataset):
         try:
             return _folder_of(source.path, self._root) + _entry_name(_read_header(source, header))
         except (OSError, struct.error) as error:
-            raise ValueError(f"{self.path} cannot be read any more ({_reason(error)}). Copy it anew.") from error
+            what = f"{source.path.name} cannot be read any more ({_reason(error)})"
+            raise ValueError(f"{self.path}: {what}. Copy it anew.") from error
 
     def _read(self, file: int) -> memoryview | bytes:
         archive, header, offset = self._files[file].item()
@@ -560,6 +561,7 @@ class ZipDataset(torch.utils.data.Dataset):
         try:
             if raw[:2] == b"\xff\xd8":
                 opened, shape = raw, simplejpeg.decode_jpeg_header(raw, **self._scale(kind, whole))[:2]
+                # Scaled, a side is an eighth at least. Few are so large that they have to be asked for their full size too.
                 full = shape if 64 * math.prod(shape) <= _MAX_PIXELS else simplejpeg.decode_jpeg_header(raw)[:2]
             else:
                 opened = Image.open(io.BytesIO(raw), formats=_FORMATS)
@@ -604,20 +606,19 @@ def check(path: str | Path, layout: str | None = None) -> dict[str, str]:
     names, rows = ds._find(layout, defects)
     sizes, empty = ds._scan(names, rows, defects)
     objects = len(np.unique(ds.fg_id[ds.fg_id >= 0])) or "unknown"
-    counts = f"{len(names):,} files, {len(rows):,} samples, {len(np.unique(ds.bg_id))} backgrounds, objects: {objects}"
-    print(f"{ds._root.name}: {counts}; layout {ds.layout}.")
+    print(f"{ds._root.name}, layout {ds.layout}: {len(names):,} files, {len(rows):,} samples")
+    print(f"backgrounds: {len(np.unique(ds.bg_id)):,}; objects: {objects}; masks that show none: {empty:,}")
     for kind, found in sizes.items():
-        common = [f"{width} x {height} ({count:,})" for (height, width), count in found.most_common(3)]
-        print(f"{kind}: {', '.join(common) or 'none'}{' and other sizes' if len(found) > 3 else ''}.")
-    print(f"{empty:,} masks show no object.")
+        common = [f"{count:,} of {width} x {height} pixels" for (height, width), count in found.most_common(3)]
+        print(f"{kind}: {', '.join(common) or 'none'}{' and other sizes' if len(found) > 3 else ''}")
     if unused := _unused(names, rows):
-        print(f"{len(unused):,} pictures belong to no sample: {_some(unused)}.")
+        print(f"pictures that belong to no sample: {len(unused):,} ({_some(unused)})")
     groups = collections.defaultdict(list)
     for name, wrong in defects.items():
         groups[wrong.partition(" (")[0].rstrip(".")].append(name)
+    print(f"Defects: {len(defects):,}" if defects else "No defects.")
     for wrong, files in groups.items():
-        print(f"{len(files):,} x {wrong}: {_some(files)}.")
-    print(f"{len(defects):,} defects." if groups else "No defects.")
+        print(f"  {len(files):,} x {wrong}: {_some(files)}")
     return dict(defects)
 
 
@@ -713,7 +714,7 @@ def _reason(error: Exception) -> str:
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
 
 
-def _some(names: Iterable[str]) -> str:
+def _some(names: Collection[str]) -> str:
     first = list(itertools.islice(names, 4))
     return ", ".join(first) if len(first) < 4 else f"{', '.join(first[:3])} and {len(names) - 3:,} more"
 
