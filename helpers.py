@@ -39,7 +39,7 @@ import uuid
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -639,19 +639,22 @@ def _pattern(name: str) -> re.Pattern:
 
 CACHES = ("gpu", "memory", "disk", "none")  # where decoded pictures are kept, the fastest first
 _MAX_SHARE = {"gpu": 0.6, "memory": 0.75, "disk": 0.75}  # of what is free there; training needs some too
+_MAX_FILE, _MAX_PIXELS = 2**27, 2**26  # bytes and pixels: a file that claims more is a mistake or a trap
+_CHUNK = 2**26  # bytes of pictures that a thread holds at full size
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
 class ZipDataset(torch.utils.data.Dataset):
-    """The samples of a data set zip, read from memory and never unpacked to disk. Or of a folder that holds the same files
+    """The samples of a data set zip, read from it and never unpacked to disk. Or of a folder that holds the same files
     unpacked, or in several zips (a zip's name then stands for a folder around its files).
 
-    The zip's bytes are mapped into memory, where all processes share them; the directory becomes one array. Every picture is
-    decoded when it is first asked for, by as many threads as torch uses, and kept as uint8 at the working size, so that
-    later epochs only index tensors.
+    The zip's directory becomes one array. Every picture is decoded when it is first asked for, by as many threads as torch
+    uses, and kept as uint8 at the working size, so that later epochs only index tensors.
 
     `ds[i]` is a dict: `bg` and `fg_bg` (3, size, size), `mask` and `depth` (1, size, size), float32 in [0, 1], and `name`.
     `ds.bg_id` and `ds.fg_id` are int arrays with one entry a sample; -1 is unknown. A mirrored object has the object's id.
-    `ds.cache` is the place where decoded pictures are kept, `ds.place` says so in a sentence.
+    `ds.cache` is the place where decoded pictures are kept, `ds.place` says so in a sentence. `ds.left_out` is a dict
+    {file name: what is wrong with it}.
 
     Args:
         path: the zip, or the folder.
@@ -661,11 +664,13 @@ class ZipDataset(torch.utils.data.Dataset):
         cache: where decoded pictures are kept: on the "gpu", in "memory", in a file on the local "disk" that is found again
             the next time, or nowhere ("none": only the backgrounds, which many samples share). "auto" is the first of these
             that has room. Where one is asked for that has too little, the next that has enough is taken.
+        defects: what to do about files that are damaged, missing or not what they should be: "stop" at the first, or look
+            for all of them first, as `check` does, and "leave_out" the samples that need them, saying which.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
         ValueError: not a zip, empty, of unknown layout, or a sample lacks its background, mask or depth. While samples are
-            read: a picture that cannot be decoded. The message names the file.
+            read: a picture that cannot be decoded. The message names the file. With "leave_out": no sample is left.
     """
 
     def __init__(
@@ -675,42 +680,101 @@ class ZipDataset(torch.utils.data.Dataset):
         layout: str | None = None,
         depth_near: str = "dark",
         cache: str = "auto",
+        defects: str = "stop",
     ):
         if depth_near not in ("dark", "bright"):
             raise ValueError(f"depth_near is {depth_near!r}; it can be 'dark' or 'bright'.")
         if size < 1:
             raise ValueError(f"size is {size}; a picture needs at least one pixel.")
-        if layout is not None:
-            _known(layout, LAYOUTS, "layout")
         _known(cache, ("auto", *CACHES), "cache")
-        self.path, self.size, self.depth_near, self._wanted = Path(path), size, depth_near, cache
-        self._archives, self._files, names, self.fingerprint = _read_directory(self.path)
-        self._loose = [] if self._archives else names
-        self._map()
-        self.layout = layout or _recognise_layout(self.path, names)
-        rows = self._match(names)
-        _warn_of_unused(self.path, names, rows)
-        del names
+        _known(defects, ("stop", "leave_out"), "choice of defects")
+        self.size, self.depth_near, self._wanted = size, depth_near, cache
+        found = _Defects(Path(path), collect=defects == "leave_out")
+        names, rows = self._find(layout, found)
+        unused = _unused(names, rows)
+        if unused:
+            warnings.warn(f"{path}: {len(unused)} pictures belong to no sample, {unused[0]} the first of them.", stacklevel=2)
+        if defects == "leave_out":
+            self._scan(names, rows, found)
+            rows = self._leave_out(rows, found)
+        self.left_out = dict(found)
+        del names, unused
         _give_back_memory()  # before free memory is measured
         self._choose(rows)
         del rows
         _give_back_memory()
 
-    def _match(self, names: Sequence[str]) -> np.ndarray:
-        """Which files make a sample: rows (samples, 4). And whose they are: the ids of backgrounds and objects."""
+    def _find(self, layout: str | None, defects: "_Defects") -> tuple[list[str], np.ndarray]:
+        """The names of the files, and which of them make a sample: rows (samples, 4), -1 where there is none. And whose the
+        samples are: the ids of backgrounds and objects."""
+        if layout is not None:
+            _known(layout, LAYOUTS, "layout")
+        self.path = path = defects.path
+        self._root = path.absolute()  # the working directory may change
+        self._zips, self._files, self._loose, names, self.fingerprint = _read_directory(path, defects)
+        self.layout = layout or _recognise_layout(path, names)
         if LAYOUTS[self.layout] == TABLE:
             table = next((i for i, name in enumerate(names) if _pattern(*TABLE).fullmatch(name)), None)
             if table is None:
-                raise ValueError(f"{self.path} holds no label_data.csv, which the layout {self.layout} needs.")
-            content = bytes(self._read(table))
-            rows, bg_id, fg_id = _match_table(f"{self.path}: {names[table]}", names, content)
+                raise ValueError(f"{path} holds no label_data.csv, which the layout {self.layout} needs.")
+            rows, bg_id, fg_id = _match_table(names[table], names, bytes(self._read(table)), defects)
         else:
-            rows, bg_id, fg_id = _match_names(self.path, names, self.layout)
+            rows, bg_id, fg_id = _match_names(names, self.layout, defects)
         self.bg_id, self.fg_id = (ids.astype(np.int32 if ids.max() < 2**31 else np.int64) for ids in (bg_id, fg_id))
-        return rows
+        return names, rows
 
-    def _map(self) -> None:
-        self._bytes = [_map_file(archive) for archive in self._archives]
+    def _scan(self, names: Sequence[str], rows: np.ndarray, defects: "_Defects") -> tuple[dict[str, collections.Counter], int]:
+        """Reads every file, and decodes whole those of samples, to collect defects. Gives the sizes of each kind's pictures
+        and the number of masks that show no object."""
+        kinds = np.full(len(names), None)
+        for kind, column in zip(KINDS, rows.T, strict=True):
+            kinds[column[column >= 0]] = kind
+        sizes, empty = {kind: collections.Counter() for kind in KINDS}, 0
+        todo = np.array([file for file in range(len(names)) if file not in defects.files], int)
+        about = {"desc": f"checking {self._root.name}", "unit": " files", "leave": False, "file": sys.stdout}
+        with tqdm(total=len(todo), **about) as bar:
+            shares = np.array_split(todo, -(-len(todo) // 64) or 1)
+            for found in _decoders(os.getpid(), _decoding_threads()).map(functools.partial(self._inspect, kinds), shares):
+                for file, wrong, shape, shows in found:
+                    if wrong:
+                        defects.add(names[file], wrong, file)
+                    elif kinds[file]:
+                        sizes[kinds[file]][shape] += 1
+                        empty += not shows
+                bar.update(len(found))
+        return sizes, empty
+
+    def _inspect(self, kinds: np.ndarray, files: np.ndarray) -> list[tuple[int, str, tuple[int, ...], bool]]:
+        """Each file, what is wrong with it, the picture's shape, and whether a mask shows an object."""
+        found = []
+        for file in files.tolist():
+            wrong, shape, shows = "", (), True
+            try:
+                if kind := kinds[file]:
+                    opened, shape = self._open(kind, file, whole=True)
+                    room = np.empty((*shape, CHANNELS[kind]), np.uint8)
+                    self._decode(kind, file, opened, room, whole=True)
+                    shows = kind != "mask" or room.max() > 127
+                else:
+                    self._read(file)
+            except ValueError as error:
+                wrong = str(error).removeprefix(f"{self.path}: {self._name(file)} ")
+            found.append((file, wrong, shape, shows))
+        return found
+
+    def _leave_out(self, rows: np.ndarray, defects: "_Defects") -> np.ndarray:
+        """The rows of which every file is there and sound."""
+        kept = ~((rows < 0) | np.isin(rows, list(defects.files))).any(1)
+        if not kept.any():
+            first = " ".join(next(iter(defects.items())))
+            raise ValueError(f"{self.path}: none of {len(rows):,} samples is without defects; {first}")
+        if defects:
+            print(f"{self._root.name}: {(~kept).sum():,} of {len(rows):,} samples left out because of {_some(defects)}.")
+        if not kept.all():  # the content is the same, the samples are not
+            without = f"{self.fingerprint} without {np.flatnonzero(~kept).tolist()}"
+            self.fingerprint = hashlib.blake2b(without.encode(), digest_size=8).hexdigest()
+        self.bg_id, self.fg_id = self.bg_id[kept], self.fg_id[kept]
+        return rows[kept]
 
     def _choose(self, rows: np.ndarray) -> None:
         """Makes these the samples, rows (samples, 4) of the bg, fg_bg, mask and depth files."""
@@ -761,12 +825,7 @@ class ZipDataset(torch.utils.data.Dataset):
         return {kind: batch[kind][0] for kind in KINDS} | {"name": self.name(i)}
 
     def __getstate__(self) -> dict:
-        # A process that receives a copy maps the file again and decodes on its own: bytes and pictures are not sent.
-        return self.__dict__ | {"_bytes": [], "_cache": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._map()
+        return self.__dict__ | {"_cache": None}  # a process that receives a copy decodes on its own: pictures are not sent
 
     def name(self, i: int) -> str:
         """The sample's name: that of its fg_bg file within the folder of its kind, without extension."""
@@ -813,7 +872,7 @@ class ZipDataset(torch.utils.data.Dataset):
             content = hashlib.blake2b(self.fingerprint.encode(), digest_size=8)
             for kind in KINDS:
                 content.update(self._file[kind].tobytes())
-            if not self._archives:  # files of the same size may differ; these are the times when they were written
+            if not self._zips:  # files of the same size may differ; these are the times when they were written
                 content.update(self._files["offset"].tobytes())
             wanted = self._wanted
             if in_worker and wanted != "disk":
@@ -836,37 +895,29 @@ class ZipDataset(torch.utils.data.Dataset):
     def _name(self, file: int) -> str:
         archive, header, _ = self._files[file].item()
         if archive < 0:
-            return self._loose[header]
-        (flags,), (size,) = (struct.unpack_from("<H", self._bytes[archive], header + at) for at in (8, 28))
-        raw = bytes(self._bytes[archive][header + HEADER.itemsize :][:size])
-        return _folder_of(self._archives[archive], self.path) + _entry_name(raw, flags)
+            return _printable(self._loose[header])
+        source = self._zips[archive]
+        try:
+            return _folder_of(source.path, self._root) + _entry_name(_read_header(source, header))
+        except (OSError, struct.error) as error:
+            what = f"{source.path.name} cannot be read any more ({_reason(error)})"
+            raise ValueError(f"{self.path}: {what}. Copy it anew.") from error
 
     def _read(self, file: int) -> memoryview | bytes:
         archive, header, offset = self._files[file].item()
-        if archive < 0:
-            return (self.path / self._loose[header]).read_bytes()
-        data = self._bytes[archive]
-        method, crc, size = struct.unpack_from("<H4xLL", data, header + 10)
         try:
-            if size == 2**32 - 1:
-                size = _long_field(data, header, "size")
-            # The entry's other header, before its data, has a name and an extra field of lengths of its own.
-            start = offset + 30 + sum(struct.unpack_from("<HH", data, offset + 26))
-            raw = data[start : start + size]
-            if method == zipfile.ZIP_DEFLATED:
-                raw = zlib.decompress(raw, -zlib.MAX_WBITS)
-            if zlib.crc32(raw) != crc:
-                raise zlib.error("its checksum differs")
-        except (zlib.error, struct.error) as error:
-            raise ValueError(f"{self.path}: {self._name(file)} is damaged ({error}). Copy the zip anew.") from error
-        return raw
+            if archive < 0:
+                source = _File(self._root / self._loose[header])
+                return source.read(0, _bounded(source.size))
+            return _read_entry(self._zips[archive], header, offset)
+        except (OSError, zlib.error, struct.error) as error:
+            how = "cannot be read" if isinstance(error, OSError) else "is damaged"
+            raise ValueError(f"{self.path}: {self._name(file)} {how} ({_reason(error)}). Copy it anew.") from error
 
     def _decode_all(self, kind: str, files: np.ndarray) -> Tensor:
         """The pictures of these files, (len(files), size, size, channels)."""
         # Decoders let other threads run. Each has a share, since to hand over picture by picture costs as much as it brings.
-        threads = torch.get_num_threads()  # one in a worker process
-        if dist.is_initialized():  # for training, accelerate gives each process one; decoding may have its part of the cores
-            threads = max(threads, os.cpu_count() // _processes_here())
+        threads = _decoding_threads()
         parts = np.array_split(files, max(1, min(threads, len(files))))
         if len(parts) < 2:
             return self._decode_share(kind, files)
@@ -874,58 +925,202 @@ class ZipDataset(torch.utils.data.Dataset):
         return torch.from_numpy(np.concatenate([share.numpy() for share in shares]))
 
     def _decode_share(self, kind: str, files: np.ndarray) -> Tensor:
-        opened = [self._open(kind, file) for file in files.tolist()]
-        shapes = [shape for _, shape in opened]
         result = torch.empty(len(files), self.size, self.size, CHANNELS[kind], dtype=torch.uint8)
-        for shape in set(shapes):  # mostly one
-            same = [i for i, other in enumerate(shapes) if other == shape]
-            pictures = torch.empty(len(same), *shape, CHANNELS[kind], dtype=torch.uint8)
-            for i, room in zip(same, pictures.numpy(), strict=True):
-                self._decode(kind, files[i], opened[i][0], room)
-            pictures = _resize_masks(pictures, self.size) if kind == "mask" else _resize(pictures, self.size)
-            if len(same) == len(files):
-                result = pictures
-            else:
-                result[same] = pictures
+        opened, shapes, room = {}, collections.defaultdict(list), 0
+        for i, file in enumerate(files.tolist()):
+            opened[i], shape = self._open(kind, file)
+            shapes[shape].append(i)
+            room += math.prod(shape) * CHANNELS[kind]
+            if room < _CHUNK and i < len(files) - 1:
+                continue
+            for shape, same in shapes.items():  # mostly one
+                pictures = torch.empty(len(same), *shape, CHANNELS[kind], dtype=torch.uint8)
+                for j, place in zip(same, pictures.numpy(), strict=True):
+                    self._decode(kind, files[j], opened.pop(j), place)
+                pictures = _resize_masks(pictures, self.size) if kind == "mask" else _resize(pictures, self.size)
+                if len(same) == len(files):
+                    result = pictures
+                else:
+                    result[same] = pictures
+            shapes.clear()
+            room = 0
         return 255 - result if kind == "depth" and self.depth_near == "bright" else result
 
-    def _scale(self, kind: str) -> dict[str, int]:
+    def _scale(self, kind: str, whole: bool) -> dict[str, int]:
         """What simplejpeg is asked for: pictures scaled to half their size or less, which saves time, but still twice as large
         as needed, which keeps the difference small (README has it). Masks are decoded whole."""
-        return {} if kind == "mask" else {"min_height": 2 * self.size, "min_width": 2 * self.size, "min_factor": 2}
+        whole = whole or kind == "mask"
+        return {} if whole else {"min_height": 2 * self.size, "min_width": 2 * self.size, "min_factor": 2}
 
-    def _open(self, kind: str, file: int) -> tuple[memoryview | bytes | Image.Image, tuple[int, int]]:
+    def _open(self, kind: str, file: int, whole: bool = False) -> tuple[memoryview | bytes | Image.Image, tuple[int, int]]:
         """The bytes of a JPEG or else the opened picture, and how large it will be, (height, width)."""
         raw = self._read(file)
         try:
             if raw[:2] == b"\xff\xd8":
-                return raw, simplejpeg.decode_jpeg_header(raw, **self._scale(kind))[:2]
-            picture = Image.open(io.BytesIO(raw))
-            if picture.mode.startswith("I"):
-                raise ValueError("it has 16 bits a pixel, and 8 are read")
-            return picture, (picture.height, picture.width)
+                opened, shape = raw, simplejpeg.decode_jpeg_header(raw, **self._scale(kind, whole))[:2]
+                # Scaled, a side is an eighth at least. Few are so large that they have to be asked for their full size too.
+                full = shape if 64 * math.prod(shape) <= _MAX_PIXELS else simplejpeg.decode_jpeg_header(raw)[:2]
+            else:
+                opened = Image.open(io.BytesIO(raw), formats=_FORMATS)
+                full = shape = opened.height, opened.width
+                if opened.mode.startswith("I"):
+                    raise ValueError("it has 16 bits a pixel, and 8 are read")
+            if math.prod(full) > _MAX_PIXELS:
+                raise ValueError(f"it is said to have {full[1]} x {full[0]} pixels")
+            return opened, shape
         except Exception as error:  # decoders raise many kinds
             raise self._unreadable(file, error) from error
 
-    def _decode(self, kind: str, file: int, opened: memoryview | bytes | Image.Image, room: np.ndarray) -> None:
+    def _decode(
+        self, kind: str, file: int, opened: memoryview | bytes | Image.Image, room: np.ndarray, whole: bool = False
+    ) -> None:
         """Writes what `_open` gave to `room` (height, width, channels)."""
         colour = CHANNELS[kind] == 3
         try:
             if isinstance(opened, Image.Image):
+                if opened.has_transparency_data and opened.convert("RGBA").getextrema()[3][0] < 255:
+                    raise ValueError("it is transparent in parts; what should be seen there is not known")
                 room[:] = np.asarray(opened.convert("RGB" if colour else "L")).reshape(room.shape)
             else:
-                simplejpeg.decode_jpeg(opened, "RGB" if colour else "GRAY", buffer=room, **self._scale(kind))
+                simplejpeg.decode_jpeg(opened, "RGB" if colour else "GRAY", buffer=room, **self._scale(kind, whole))
+            if kind == "mask" and 2 * np.count_nonzero(room - np.uint8(64) < 128) > room.size:  # wraps: 64 to 191
+                raise ValueError("most of it is grey, and a mask is black and white")
         except Exception as error:
             raise self._unreadable(file, error) from error
 
     def _unreadable(self, file: int, error: Exception) -> ValueError:
-        return ValueError(f"{self.path}: {self._name(file)} cannot be read as a picture ({error}).")
+        return ValueError(f"{self.path}: {self._name(file)} cannot be read as a picture ({_reason(error)}).")
 
 
-def _map_file(path: Path) -> memoryview:
-    """A file's bytes, in memory that all processes share. An empty file has none."""
-    with open(path, "rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b"")
+def check(path: str | Path, layout: str | None = None) -> dict[str, str]:
+    """Reads a data set from first to last, every checksum and every picture, and prints what it holds and what is wrong.
+
+    Gives the defects, {file name: what is wrong with it}. Raises FileNotFoundError or ValueError, as ZipDataset does, where
+    there is no zip or folder that can be opened or its layout is not known.
+    """
+    ds = object.__new__(ZipDataset)
+    defects = _Defects(Path(path), collect=True)
+    names, rows = ds._find(layout, defects)
+    sizes, empty = ds._scan(names, rows, defects)
+    objects = len(np.unique(ds.fg_id[ds.fg_id >= 0])) or "unknown"
+    print(f"{ds._root.name}, layout {ds.layout}: {len(names):,} files, {len(rows):,} samples")
+    print(f"backgrounds: {len(np.unique(ds.bg_id)):,}; objects: {objects}; masks that show none: {empty:,}")
+    for kind, found in sizes.items():
+        common = [f"{count:,} of {width} x {height} pixels" for (height, width), count in found.most_common(3)]
+        print(f"{kind}: {', '.join(common) or 'none'}{' and other sizes' if len(found) > 3 else ''}")
+    if unused := _unused(names, rows):
+        print(f"pictures that belong to no sample: {len(unused):,} ({_some(unused)})")
+    groups = collections.defaultdict(list)
+    for name, wrong in defects.items():
+        groups[wrong.partition(" (")[0].rstrip(".")].append(name)
+    print(f"Defects: {len(defects):,}" if defects else "No defects.")
+    for wrong, files in groups.items():
+        print(f"  {len(files):,} x {wrong}: {_some(files)}")
+    return dict(defects)
+
+
+class _Defects(dict):
+    """{file name: what is wrong with it}, and the numbers of such files. Unless they are collected, the first is raised."""
+
+    def __init__(self, path: Path, collect: bool):
+        super().__init__()
+        self.path, self.collect, self.files = path, collect, set()
+
+    def add(self, name: str, wrong: str, *files: int, sentence: str = "") -> None:
+        if not self.collect:
+            raise ValueError(f"{self.path}: {sentence or f'{name} {wrong}'}")
+        self.setdefault(name, wrong)
+        self.files.update(files)
+
+
+class _File:
+    """A file's bytes, read where they are asked for: a mapped file that is cut short, or whose drive fails, would end the
+    interpreter. Threads and forked processes share it without harm; a pickled one is opened anew."""
+
+    def __init__(self, path: Path):
+        self.path, self._lock = path, threading.Lock()
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def __reduce__(self) -> tuple:
+        return _File, (self.path,)
+
+    def __del__(self):
+        if hasattr(self, "_file"):
+            self._file.close()
+
+    def read(self, start: int, size: int) -> bytes:
+        """Raises struct.error where that lies beyond the file, and OSError where it cannot be read."""
+        if not 0 <= start <= start + size <= self.size:
+            raise struct.error("it is said to lie beyond the end")
+        if hasattr(os, "pread"):
+            data = os.pread(self._file.fileno(), size, start)
+        else:
+            with self._lock:
+                self._file.seek(start)
+                data = self._file.read(size)
+        if len(data) < size:
+            raise OSError(errno.EIO, "the file has become shorter")
+        return data
+
+
+def _bounded(size: int) -> int:
+    if not 0 <= size <= _MAX_FILE:
+        raise struct.error(f"it is said to have {size:,} bytes")
+    return size
+
+
+def _read_header(source: _File, position: int) -> bytes:
+    """A header of a zip's directory, with the name and the extra field after it."""
+    head = source.read(position, min(256, source.size - position))
+    size = HEADER.itemsize + sum(struct.unpack_from("<HH", head, 28))
+    return head[:size] if size <= len(head) else source.read(position, size)
+
+
+def _read_entry(source: _File, position: int, offset: int) -> memoryview | bytes:
+    """A file in a zip, by the place of its header in the directory. Raises zlib.error or struct.error where it is damaged."""
+    header = _read_header(source, position)
+    method, crc, size, unpacked, name_size = struct.unpack_from("<H4xLLLH", header, 10)
+    if 2**32 - 1 in (size, unpacked):
+        unpacked, size, _ = _long_fields(header)
+    # The entry's other header, before its data, has an extra field of a length of its own, mostly short.
+    room = source.read(offset, min(30 + name_size + 64 + _bounded(size), source.size - offset))
+    if room[30 : 30 + name_size] != header[HEADER.itemsize :][:name_size]:
+        raise struct.error("its name differs from the directory's")
+    start = 30 + name_size + struct.unpack_from("<H", room, 28)[0]
+    raw = memoryview(room)[start : start + size] if start + size <= len(room) else source.read(offset + start, size)
+    if method == zipfile.ZIP_DEFLATED:  # never more than is said, and a byte to tell
+        raw = zlib.decompressobj(-zlib.MAX_WBITS).decompress(raw, _bounded(unpacked) + 1)
+    if len(raw) != unpacked:
+        raise zlib.error("its size differs")
+    if zlib.crc32(raw) != crc:
+        raise zlib.error("its checksum differs")
+    return raw
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() else repr(name)[1:-1]
+
+
+def _reason(error: Exception) -> str:
+    """What a system's or a decoder's error says, in the words that fit into a sentence."""
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return f"it is none of {', '.join(_FORMATS)}"
+    if isinstance(error, struct.error) and "unpack" in str(error):
+        return "its headers contradict each other"
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+
+
+def _some(names: Collection[str]) -> str:
+    first = list(itertools.islice(names, 4))
+    return ", ".join(first) if len(first) < 4 else f"{', '.join(first[:3])} and {len(names) - 3:,} more"
+
+
+def _decoding_threads() -> int:
+    threads = torch.get_num_threads()  # one in a worker process
+    if dist.is_initialized():  # for training, accelerate gives each process one; decoding may have its part of the cores
+        threads = max(threads, os.cpu_count() // _processes_here())
+    return threads
 
 
 @functools.lru_cache(maxsize=1)
@@ -1067,9 +1262,12 @@ def _bytes_of(shapes: dict[str, tuple[int, ...]]) -> int:
     return sum(map(math.prod, shapes.values()))
 
 
-def _entry_name(raw: bytes, flags: int) -> str:
-    """A name in a zip is UTF-8 where bit 11 of the entry's flags says so, else in the code page of old PCs."""
-    return raw.decode("utf-8" if flags & 0x800 else "cp437")
+def _entry_name(header: bytes) -> str:
+    """A name in a zip is UTF-8 where bit 11 of the entry's flags says so, else in the code page of old PCs. Windows may have
+    written a backslash for a slash."""
+    flags, size = struct.unpack_from("<H18xH", header, 8)
+    raw = header[HEADER.itemsize :][:size].replace(b"\\", b"/")
+    return _printable(raw.decode("utf-8" if flags & 0x800 else "cp437", "backslashreplace"))
 
 
 def _folder_of(archive: Path, path: Path) -> str:
@@ -1091,94 +1289,118 @@ HEADER = np.dtype(
 )
 
 
-def _long_field(data: memoryview, header: int, field: str) -> int:
-    """What 4 bytes cannot say: in the zip64 extra field, 8 bytes for each of the three numbers that is given as 2**32 - 1."""
-    entry = np.frombuffer(data, HEADER, 1, header)[0]
-    extra = bytes(data[header + HEADER.itemsize + int(entry["name_size"]) :][: int(entry["extra_size"])])
+def _long_fields(header: bytes) -> list[int]:
+    """Unpacked size, size and offset, of which 2**32 - 1 says that the number is in the zip64 extra field, with 8 bytes."""
+    size, unpacked, name_size, extra_size, offset = struct.unpack_from("<LLHH10xL", header, 20)
+    extra = header[HEADER.itemsize + name_size :][:extra_size]
     while extra[:2] != b"\1\0":
         extra = extra[4 + struct.unpack_from("<H", extra, 2)[0] :]
-    before = itertools.takewhile(lambda name: name != field, ("unpacked", "size", "offset"))
-    return struct.unpack_from("<q", extra, 4 + 8 * sum(int(entry[name] == 2**32 - 1) for name in before))[0]
+    numbers, at = [], 4
+    for number in (unpacked, size, offset):
+        long = number == 2**32 - 1
+        numbers.append(struct.unpack_from("<q", extra, at)[0] if long else number)
+        at += 8 * long
+    return numbers
 
 
-def _read_entries(data: memoryview) -> tuple[np.ndarray, np.ndarray]:
-    """The headers of a zip's entries, as HEADER, and where these lie, as FILES. zipfile would make an object of each entry,
-    770 MB for 1.2 million. Raises ValueError or struct.error where the bytes are not a whole zip."""
-    tail = bytes(data[-(2**16 + 22) :])  # has the end record, which a comment may follow
-    end = len(data) - len(tail) + tail.rfind(b"PK\5\6")
-    if b"PK\5\6" not in tail:
+def _read_entries(source: _File) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """The headers of a zip's entries, as HEADER, where these lie, as FILES, and the names. zipfile would make an object of each
+    entry, 770 MB for 1.2 million. Raises ValueError or struct.error where the bytes are not a whole zip."""
+    tail = source.read(max(0, source.size - 2**16 - 98), min(source.size, 2**16 + 98))  # the end records and a comment
+    at = tail.rfind(b"PK\5\6")
+    if at < 0:
         raise ValueError("its end is not there")
-    size, start = struct.unpack_from("<LL", data, end + 12)
-    if end >= 76 and data[end - 20 : end - 16] == b"PK\6\7":  # zip64: a second record, and what points to it
-        end -= 76
-        size, start = struct.unpack_from("<QQ", data, end + 40)
+    size, start = struct.unpack_from("<LL", tail, at + 12)
+    if at >= 76 and tail[at - 20 : at - 16] == b"PK\6\7":  # zip64: a second record, and what points to it
+        at -= 76
+        size, start = struct.unpack_from("<QQ", tail, at + 40)
+    end = source.size - len(tail) + at
     shift = end - size - start  # of all offsets, where something stands before the zip
     if shift < 0:
         raise ValueError(f"{-shift:,} bytes are not there")
-    positions, position = array.array("q"), end - size
-    while position < end:
+    if size > 2**30:
+        raise ValueError(f"its directory is said to have {size:,} bytes")
+    data, positions, position = source.read(end - size, size), array.array("q"), 0
+    while position < size:
         positions.append(position)
         position += HEADER.itemsize + sum(struct.unpack_from("<HHH", data, position + 28))
-    if position != end:
+    if position != size:
         raise ValueError("its directory is damaged")
-    files = np.zeros(len(positions), FILES)
-    files["header"] = positions
     # A header may lie at any byte: seen as if one began at each, those that do are picked.
-    headers = np.ndarray(max(0, len(data) - HEADER.itemsize + 1), HEADER, data, strides=1)[files["header"]]
+    headers = np.ndarray(max(0, size - HEADER.itemsize + 1), HEADER, data, strides=1)[positions]
     if (headers["signature"] != int.from_bytes(b"PK\1\2", "little")).any():
         raise ValueError("its directory is damaged")
-    files["offset"] = headers["offset"]
+    ends = (headers["name_size"] + np.array(positions) + HEADER.itemsize).tolist()
+    names = [_entry_name(data[start:end]) for start, end in zip(positions, ends, strict=True)]
+    files = np.zeros(len(positions), FILES)
+    files["header"], files["offset"] = positions, headers["offset"]
     for i in np.flatnonzero(headers["offset"] == 2**32 - 1):
-        files["offset"][i] = _long_field(data, positions[i], "offset")
+        files["offset"][i] = _long_fields(data[positions[i] :][: 2**18])[2]
+    files["header"] += end - size
     files["offset"] += shift
-    return headers, files
+    return headers, files, names
 
 
-def _read_directory(path: Path) -> tuple[list[Path], np.ndarray, list[str], str]:
+def _files_below(folder: Path) -> list[Path]:
+    """All files in a folder and in those below, also by links."""
+    found = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        around = {os.path.realpath(outer) for outer in (place, *Path(place).parents)}  # a link to one of these has no end
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in around]
+        found += [file for name in files if (file := Path(place, name)).is_file()]
+    return sorted(found)
+
+
+def _read_directory(path: Path, defects: _Defects) -> tuple[list[_File], np.ndarray, list[str], list[str], str]:
     """The files of a zip, of a folder or of the zips in a folder, but for the litter of operating systems: the zips; where
-    each file lies, as FILES; the files' names; and a fingerprint of names and contents."""
+    each file lies, as FILES; the paths of those in no zip; the files' names; and a fingerprint of names and contents."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder.")
-    archives = sorted(path.glob("[!.]*.[zZ][iI][pP]")) if path.is_dir() else [path]
-    names, parts, checksums, odd = [], [], [], {}
+    path = path.absolute()
+    zips, names, parts, checksums, odd, loose = [], [], [], [], {}, []
+    archives = [path]
+    if path.is_dir():
+        archives = sorted(file for file in path.glob("[!.]*.[zZ][iI][pP]") if file.is_file())
+        loose = [
+            file
+            for file in (path.iterdir() if archives else _files_below(path))
+            if not archives or _pattern(*TABLE).fullmatch(file.name)
+        ]
     for number, archive in enumerate(archives):
+        zips.append(source := _File(archive))
         try:
-            data = _map_file(archive)
-            headers, files = _read_entries(data)
-        except (ValueError, struct.error) as error:
-            raise ValueError(f"{archive} is not a whole zip file ({len(data):,} bytes; {error}). Copy it anew.") from error
-        before, files["archive"] = len(names), number
-        folder, starts = _folder_of(archive, path), (files["header"] + HEADER.itemsize).tolist()
-        for start, size, flags in zip(starts, headers["name_size"].tolist(), headers["flags"].tolist(), strict=True):
-            names.append(folder + _entry_name(bytes(data[start : start + size]), flags))
+            headers, files, found = _read_entries(source)
+        except (ValueError, struct.error, OSError) as error:
+            where = defects.path if archive == path else defects.path / archive.name
+            what = f"not a whole zip file ({source.size:,} bytes; {_reason(error)})"
+            raise ValueError(f"{where} is {what}. Copy it anew.") from error
         packed = ~np.isin(headers["method"], (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
         how = "is compressed in a way that is not read here. Store or deflate the files."
-        odd |= dict.fromkeys((before + np.flatnonzero(packed)).tolist(), how)
+        odd |= dict.fromkeys((len(names) + np.flatnonzero(packed)).tolist(), how)
         how = "is encrypted. Zip the files without a password."
-        odd |= dict.fromkeys((before + np.flatnonzero(headers["flags"] & 1)).tolist(), how)
+        odd |= dict.fromkeys((len(names) + np.flatnonzero(headers["flags"] & 1)).tolist(), how)
+        files["archive"], folder = number, _folder_of(archive, path)
+        names += [folder + name for name in found] if folder else found
         parts.append(files)
         checksums.append(headers["crc"])
-    if not archives:
-        found = sorted(file for file in path.rglob("*") if file.is_file())
-        names = [file.relative_to(path).as_posix() for file in found]
-        parts = [np.zeros(len(found), FILES)]
-        parts[0]["archive"] = -1
-        parts[0]["offset"] = [file.stat().st_mtime_ns for file in found]
-        # In place of a checksum, for which all files would have to be read, the size tells whether the data have changed.
-        checksums = [np.array([file.stat().st_size % 2**32 for file in found], np.uint32)]
-    litter = re.compile(r"/$|(^|/)(__MACOSX/|\.[^/]|Thumbs\.db$|desktop\.ini$)")  # and a zip's entries for folders
+    parts.append(np.zeros(len(loose), FILES))
+    parts[-1]["archive"], parts[-1]["header"] = -1, range(len(loose))
+    parts[-1]["offset"] = [file.stat().st_mtime_ns for file in loose]
+    # In place of a checksum, for which all files would have to be read, the size tells whether the data have changed.
+    checksums.append(np.array([file.stat().st_size % 2**32 for file in loose], np.uint32))
+    loose = [file.relative_to(path).as_posix() for file in loose]
+    names += map(_printable, loose)
+    litter = re.compile(r"/$|(^|/)(__MACOSX/|\.(?!\./)[^/]|Thumbs\.db$|desktop\.ini$)")  # and a zip's entries for folders
     kept = np.array([i for i, name in enumerate(names) if not litter.search(name)], int)
     if not len(kept):
-        raise ValueError(f"{path} holds no files. A data set has pictures of four kinds: bg, fg_bg, mask and depth.")
+        raise ValueError(f"{defects.path} holds no files. A data set has pictures of four kinds: bg, fg_bg, mask and depth.")
     files, names = np.concatenate(parts)[kept], [names[i] for i in kept]
-    first = next((k for k, i in enumerate(kept.tolist()) if i in odd), None)
-    if first is not None:
-        raise ValueError(f"{path}: {names[first]} {odd[kept[first]]}")
-    if not archives:
-        files["header"] = range(len(files))
+    for i, file in enumerate(kept.tolist()):
+        if file in odd:
+            defects.add(names[i], odd[file], i)
     content = hashlib.blake2b(np.concatenate(checksums)[kept].tobytes(), digest_size=8)
-    content.update(os.fsencode("\n".join([*names, ""])))
-    return archives, files, names, content.hexdigest()
+    content.update("\n".join([*names, ""]).encode())
+    return zips, files, loose, names, content.hexdigest()
 
 
 def _recognise_layout(path: Path, names: Sequence[str]) -> str:
@@ -1198,16 +1420,17 @@ def _recognise_layout(path: Path, names: Sequence[str]) -> str:
     raise ValueError(f"{path}: no known layout. Found {len(names)} files such as {found}. Known layouts and folders: {known}.")
 
 
-def _match_names(path: Path, names: Sequence[str], layout: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _match_names(names: Sequence[str], layout: str, defects: _Defects) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which files make a sample, by the numbers in their names and in the order of these: rows (samples, 4), each sample's
-    four files; ids of backgrounds and of objects."""
-    files, numbers = {}, {}
+    four files, -1 where one is missing; ids of backgrounds and of objects."""
+    files, numbers, path = {}, {}, defects.path
     for kind, name in zip(KINDS, LAYOUTS[layout], strict=True):
         pattern, matching, found = _pattern(name), array.array("q"), array.array("q")
         for i, name in enumerate(names):
             if match := pattern.fullmatch(name):
                 if max(map(len, match.groups())) > 18:
-                    raise ValueError(f"{path}: the number in {name} is too large. Count the pictures from 1.")
+                    defects.add(name, "has a number that is too large. Count the pictures from 1.", i)
+                    continue
                 matching.append(i)
                 found.extend(map(int, match.groups()))
         files[kind], numbers[kind] = np.array(matching), np.array(found).reshape(-1, pattern.groups)
@@ -1222,20 +1445,20 @@ def _match_names(path: Path, names: Sequence[str], layout: str) -> tuple[np.ndar
     for kind in KINDS:
         order = np.argsort(keys[kind], kind="stable")
         keys[kind], files[kind], numbers[kind] = keys[kind][order], files[kind][order], numbers[kind][order]
-        double = np.flatnonzero(keys[kind][1:] == keys[kind][:-1])
-        if len(double):
-            both = " and ".join(names[i] for i in files[kind][double[0] : double[0] + 2])
-            raise ValueError(f"{path}: {both} both claim to be one {kind}. Remove one.")
+        for k in np.flatnonzero(keys[kind][1:] == keys[kind][:-1]):
+            one, other = files[kind][k : k + 2].tolist()
+            wrong = f"claims to be one {kind}, as another file does ({names[other]}). Remove one."
+            defects.add(names[one], wrong, one, other)
     bg_id, fg_id = _ids(path, layout, numbers["fg_bg"], keys["bg"].tolist())
     rows = []
     for kind in KINDS:
         wanted = bg_id if kind == "bg" else keys["fg_bg"]
         place = np.searchsorted(keys[kind], wanted)
-        missing = np.flatnonzero(np.append(keys[kind], -1)[place] != wanted)
-        if len(missing):
-            first = names[files["fg_bg"][missing[0]]]
-            raise ValueError(f"{path}: {len(missing)} of {len(wanted)} samples have no {kind}; the first is {first}.")
-        rows.append(files[kind][place])
+        missing = np.append(keys[kind], -1)[place] != wanted
+        for file in files["fg_bg"][missing].tolist():
+            all_of_them = f"{missing.sum()} of {len(wanted)} samples have no {kind}; the first is {names[file]}."
+            defects.add(names[file], f"has no {kind}.", sentence=all_of_them)
+        rows.append(np.where(missing, -1, np.append(files[kind], -1)[place]))
     return np.stack(rows, 1), bg_id, fg_id
 
 
@@ -1263,53 +1486,61 @@ def _ids(path: Path, layout: str, numbers: np.ndarray, backgrounds: Sequence[int
     return bg_id, place // 40 if ordered else np.full(len(numbers), -1)
 
 
-def _match_table(where: str, names: Sequence[str], table: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _match_table(
+    table: str, names: Sequence[str], content: bytes, defects: _Defects
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What `_match_names` gives, from a table: one line a sample, the paths of bg, fg_bg, mask and depth with `;` between.
     Files are found by their folder and name, as what stands before depends on where the table was written."""
 
     def tail(name: str) -> str:
         return "/".join(name.strip().replace("\\", "/").split("/")[-2:]).lower()
 
-    files, doubles, rows = {}, {}, []
+    files, doubles, rows, used, where = {}, {}, [], set(), f"{defects.path}: {table}"
     for i, name in enumerate(names):
         if files.setdefault(tail(name), i) != i:
             doubles[tail(name)] = i
     try:
-        lines = list(csv.reader(io.StringIO(table.decode("utf-8-sig", "replace")), delimiter=";"))
+        lines = list(csv.reader(io.StringIO(content.decode("utf-8-sig", "replace")), delimiter=";"))
     except csv.Error as error:
         raise ValueError(f"{where} cannot be read as a table ({error}).") from error
     for number, line in enumerate(lines, start=1):
         if not any(cell.strip() for cell in line):
             continue
         if len(line) != len(KINDS):
-            raise ValueError(f"{where}, line {number}: {len(line)} columns; expected the paths of bg, fg_bg, mask and depth.")
-        missing = [name for name in line if tail(name) not in files]
-        if missing:
-            raise ValueError(f"{where}, line {number}: {missing[0]} is not in the data set.")
-        double = next((tail(name) for name in line if tail(name) in doubles), None)
-        if double:
-            both = f"{names[files[double]]} and {names[doubles[double]]}"
-            raise ValueError(f"{where}, line {number}: {both} both claim to be one picture. Remove one.")
-        rows.append([files[tail(name)] for name in line])
+            expected = "expected the paths of bg, fg_bg, mask and depth."
+            defects.add(f"{table}, line {number}:", f"{len(line)} columns; {expected}")
+            continue
+        tails = [tail(cell) for cell in line]
+        row = [files.get(name, -1) for name in tails]
+        for name, cell, file in zip(tails, line, row, strict=True):
+            if file < 0:
+                defects.add(_printable(cell.strip()), f"is not in the data set ({table}, line {number}).")
+            elif name in doubles:
+                other = f"{names[doubles[name]]}; {table}, line {number}"
+                wrong = f"claims to be one picture, as another file does ({other}). Remove one."
+                defects.add(names[file], wrong, file)
+        if row[1] in used:
+            wrong = f"stands in more than one line ({table}, line {number}); a sample has one background, mask and depth."
+            defects.add(names[row[1]], wrong, row[1])
+        used.add(row[1])
+        found = re.search(r"(\d{1,18})\D*$", Path(tails[0]).stem)
+        if not found:
+            defects.add(_printable(line[0]), f"has no number in its name, by which backgrounds go ({table}).", row[0])
+        # As in the other layouts, in the order of the numbers in the names.
+        order = [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", tails[1])]
+        rows.append((order, row, int(found[1]) if found else -1))
     if not rows:
-        raise ValueError(f"{where} has no lines; expected one a sample.")
-    if len({row[1] for row in rows}) < len(rows):
-        twice = collections.Counter(row[1] for row in rows).most_common(1)[0][0]
-        raise ValueError(f"{where}: {names[twice]} stands in more than one line; a sample has one background, mask and depth.")
-    # As in the other layouts, in the order of the numbers in the names.
-    rows.sort(key=lambda row: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", tail(names[row[1]]))])
-    numbers = [re.search(r"(\d+)\D*$", Path(names[row[0]]).stem) for row in rows]
-    if None in numbers:
-        raise ValueError(f"{where}: {names[rows[numbers.index(None)][0]]} has no number in its name, by which backgrounds go.")
-    return np.array(rows), np.array([int(number[1]) for number in numbers]), np.full(len(rows), -1)
+        raise ValueError(f"{where} has no lines that can be used; expected one a sample.")
+    rows.sort()
+    _, rows, bg_id = zip(*rows, strict=True)
+    return np.array(rows), np.array(bg_id), np.full(len(rows), -1)
 
 
-def _warn_of_unused(path: Path, names: Sequence[str], rows: np.ndarray) -> None:
+def _unused(names: Sequence[str], rows: np.ndarray) -> list[str]:
+    """The pictures that belong to no sample."""
     unused = np.ones(len(names), bool)
-    unused[rows] = False
-    unused = [names[i] for i in np.flatnonzero(unused) if names[i].lower().endswith((".jpg", ".jpeg", ".png"))]
-    if unused:
-        warnings.warn(f"{path}: {len(unused)} pictures belong to no sample, {unused[0]} the first of them.", stacklevel=3)
+    unused[rows[rows >= 0]] = False
+    return [names[i] for i in np.flatnonzero(unused) if names[i].lower().endswith((".jpg", ".jpeg", ".png"))]
 
 
 def _fold_mirrored(bg_id: np.ndarray, fg_id: np.ndarray) -> np.ndarray:
