@@ -586,7 +586,7 @@ class ZipDataset(torch.utils.data.Dataset):
                 room[:] = np.asarray(opened.convert("RGB" if colour else "L")).reshape(room.shape)
             else:
                 simplejpeg.decode_jpeg(opened, "RGB" if colour else "GRAY", buffer=room, **self._scale(kind, whole))
-            if kind == "mask" and 2 * np.count_nonzero(room - np.uint8(64) < 128) > room.size:  # wraps: 64 to 191
+            if kind == "mask" and 2 * np.count_nonzero(room + np.uint8(64) & 128) > room.size:  # 64 to 191
                 raise ValueError("most of it is grey, and a mask is black and white")
         except Exception as error:
             raise self._unreadable(file, error) from error
