@@ -983,7 +983,7 @@ class ZipDataset(torch.utils.data.Dataset):
                 room[:] = np.asarray(opened.convert("RGB" if colour else "L")).reshape(room.shape)
             else:
                 simplejpeg.decode_jpeg(opened, "RGB" if colour else "GRAY", buffer=room, **self._scale(kind, whole))
-            if kind == "mask" and 2 * np.count_nonzero(room - np.uint8(64) < 128) > room.size:  # wraps: 64 to 191
+            if kind == "mask" and 2 * np.count_nonzero(room + np.uint8(64) & 128) > room.size:  # 64 to 191
                 raise ValueError("most of it is grey, and a mask is black and white")
         except Exception as error:
             raise self._unreadable(file, error) from error
@@ -1073,7 +1073,8 @@ def _bounded(size: int) -> int:
 def _read_header(source: _File, position: int) -> bytes:
     """A header of a zip's directory, with the name and the extra field after it."""
     head = source.read(position, min(256, source.size - position))
-    size = HEADER.itemsize + sum(struct.unpack_from("<HH", head, 28))
+    name_size, extra_size = struct.unpack_from("<HH", head, 28)
+    size = HEADER.itemsize + name_size + extra_size
     return head[:size] if size <= len(head) else source.read(position, size)
 
 
@@ -1085,9 +1086,10 @@ def _read_entry(source: _File, position: int, offset: int) -> memoryview | bytes
         unpacked, size, _ = _long_fields(header)
     # The entry's other header, before its data, has an extra field of a length of its own, mostly short.
     room = source.read(offset, min(30 + name_size + 64 + _bounded(size), source.size - offset))
-    if room[30 : 30 + name_size] != header[HEADER.itemsize :][:name_size]:
+    start = 30 + name_size
+    if room[30:start] != header[HEADER.itemsize :][:name_size]:
         raise struct.error("its name differs from the directory's")
-    start = 30 + name_size + struct.unpack_from("<H", room, 28)[0]
+    start += int.from_bytes(room[28:30], "little")
     raw = memoryview(room)[start : start + size] if start + size <= len(room) else source.read(offset + start, size)
     if method == zipfile.ZIP_DEFLATED:  # never more than is said, and a byte to tell
         raw = zlib.decompressobj(-zlib.MAX_WBITS).decompress(raw, _bounded(unpacked) + 1)
@@ -1361,11 +1363,8 @@ def _read_directory(path: Path, defects: _Defects) -> tuple[list[_File], np.ndar
     archives = [path]
     if path.is_dir():
         archives = sorted(file for file in path.glob("[!.]*.[zZ][iI][pP]") if file.is_file())
-        loose = [
-            file
-            for file in (path.iterdir() if archives else _files_below(path))
-            if not archives or _pattern(*TABLE).fullmatch(file.name)
-        ]
+        tables = (file for file in path.iterdir() if _pattern(*TABLE).fullmatch(file.name))
+        loose = list(tables) if archives else _files_below(path)
     for number, archive in enumerate(archives):
         zips.append(source := _File(archive))
         try:

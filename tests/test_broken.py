@@ -560,6 +560,23 @@ def test_linked_folders_are_followed_but_not_in_circles(write_zip, tmp_path):
     assert_same_samples(ZipDataset(folder, size=24), made)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+@pytest.mark.filterwarnings("ignore:.*belong to no sample")
+def test_a_folder_of_names_that_are_no_text(write_zip, tmp_path, capsys):
+    made = write_zip(tmp_path / "a.zip")
+    folder = unpacked(tmp_path / "a.zip")
+    for name in KINDS[:2]:
+        wrapped = os.path.join(os.fsencode(folder), b"gr\xf6\xdfe")
+        os.makedirs(wrapped, exist_ok=True)
+        path = os.fsencode(NAMES[name].partition("/")[0])
+        os.rename(os.path.join(os.fsencode(folder), path), os.path.join(wrapped, path))
+    os.truncate(os.path.join(wrapped, os.fsencode(NAMES["fg_bg"])), 0)
+    found = check(folder)
+    assert [name.rpartition("/bg_fg/")[2] for name in found] == [f"{SAMPLE}.png"] and "\\udcf6" in capsys.readouterr().out
+    rest = [sample for sample in made if sample["name"] != SAMPLE]
+    assert_same_samples(ZipDataset(folder, size=24, defects="leave_out"), rest)
+
+
 def test_a_table_beside_zips_is_seen(write_zip, tmp_path):
     made = write_zip(tmp_path / "a.zip", "roshantac")
     folder = a_zip_for_each_kind(tmp_path / "a.zip")
