@@ -2263,6 +2263,7 @@ class Config:
     depth_near: str = "dark"  # or "bright", in the zip's depth pictures
     size: int = 64  # pixels a side
     split: str = "unseen"  # or "image"
+    defects: str = "stop"  # at the first damaged or missing file; or "leave_out" the samples that need one, saying which
     subset: int = 0  # only so many of the samples, as ZipDataset.subset chooses them; 0: all
     max_train: int = 0  # of these, at most so many training samples, drawn at random; 0: all
     max_test: int = 0  # the same for each part that is measured
@@ -2291,6 +2292,7 @@ class Config:
                     f"name is {self.name!r}; it must be a path of folders below the workspace, such as losses/dice."
                 )
         _known(self.split, ("unseen", "image"), "split")
+        _known(self.defects, ("stop", "leave_out"), "choice of defects")
         _known(self.model, MODELS, "model")
         _known(self.optimizer, OPTIMIZERS, "optimizer")
         _known(self.schedule, SCHEDULES, "schedule")
@@ -2342,16 +2344,23 @@ class Run:
 
 
 @functools.lru_cache(maxsize=2)
-def _open_zip(path: Path, size: int, depth_near: str, subset: int, cache: str, changed: int) -> ZipDataset:
-    ds = ZipDataset(path, size, depth_near=depth_near, cache=cache)
+def _open_zip(path: Path, size: int, depth_near: str, subset: int, cache: str, defects: str, changed: int) -> ZipDataset:
+    ds = ZipDataset(path, size, depth_near=depth_near, cache=cache, defects=defects)
     return ds.subset(subset) if 0 < subset < len(ds) else ds
 
 
-def open_zip(path: str | Path, size: int = 64, depth_near: str = "dark", subset: int = 0, cache: str = "auto") -> ZipDataset:
+def open_zip(
+    path: str | Path,
+    size: int = 64,
+    depth_near: str = "dark",
+    subset: int = 0,
+    cache: str = "auto",
+    defects: str = "stop",
+) -> ZipDataset:
     """The data set, or at most `subset` samples of it, opened once, so that the runs of one notebook share the pictures that
-    are decoded already."""
+    are decoded already. The rest is as ZipDataset means it."""
     changed = Path(path).stat().st_mtime_ns if Path(path).exists() else 0  # a file that was written anew is another one
-    return _open_zip(Path(path), size, depth_near, subset, cache, changed)
+    return _open_zip(Path(path), size, depth_near, subset, cache, defects, changed)
 
 
 def compute_dtype(precision: str = "auto") -> torch.dtype:
