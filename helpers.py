@@ -2855,9 +2855,10 @@ def _load_state(path: Path) -> dict:
             warnings.simplefilter("ignore")  # about what it refuses
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of junk torch.load raises many kinds
-        if isinstance(error, OSError | MemoryError) or "can't allocate memory" in str(error):  # which say nothing of the file
+        no_access = isinstance(error, FileNotFoundError | PermissionError | MemoryError)
+        if no_access or "can't allocate memory" in str(error):  # which says nothing of what is in the file
             raise
-        if code := _code_in(path):
+        if code := "" if isinstance(error, OSError) else _code_in(path):
             raise ValueError(f"{path} is refused: to load it would run code ({code}). Weights need none.") from error
         reason = "it has another form" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
         raise ValueError(f"{path} is damaged, or no file of weights ({reason}).") from error
@@ -2874,10 +2875,10 @@ def _code_in(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             entry = next(entry for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
             pickled = b"" if entry.compress_type else archive.read(entry)  # compressed, it might grow without end
-    except (zipfile.BadZipFile, StopIteration, RuntimeError):
+    except Exception:  # of a damaged zip there are many kinds too
         pickled = path.read_bytes()
     stream = io.BytesIO(pickled)
-    with contextlib.suppress(ValueError):  # where what was a pickle ends; old files of PyTorch hold several
+    with contextlib.suppress(Exception):  # where what was a pickle ends; old files of PyTorch hold several
         while True:
             for code, value, _ in pickletools.genops(stream):
                 if code.name in ("GLOBAL", "INST"):
