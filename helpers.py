@@ -23,6 +23,7 @@ import json
 import math
 import mmap
 import os
+import pickle
 import pickletools
 import platform
 import queue
@@ -2487,6 +2488,9 @@ def _sync_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
+EVALUATED = 32  # samples of a batch that is measured
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, ds: ZipDataset, indices: np.ndarray, loss: Callable[..., Tensor] | None = None, precision: str = "auto"
@@ -2497,7 +2501,7 @@ def evaluate(
     measures its share of the batches, and receives it all."""
     model.eval()
     process, processes = _processes()
-    batches, measured = np.split(indices, range(32, len(indices), 32)), []
+    batches, measured = np.split(indices, range(EVALUATED, len(indices), EVALUATED)), []
     for batch in _prefetch(functools.partial(ds.batch, device=DEVICE), batches[process::processes]):
         batch = to_float(batch, DEVICE)
         with autocast(precision):
@@ -2601,11 +2605,10 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
                     print(f"{config.name}: {place}")
                 last = config.epochs if stop_after is None else min(stop_after, config.epochs)
                 while len(training.history) < last:
-                    with _explain_out_of_memory(config):
-                        training.epoch()
+                    with _StopButton() as stop:
+                        training.epoch(stop)
                 if len(training.history) == config.epochs:
-                    with _explain_out_of_memory(config):
-                        training.finish()
+                    training.finish()
                 _wait_for_all()
             finished = read_run(folder)
         if process == 0 and finished.results and (said := _collapse(finished)):
@@ -2702,6 +2705,7 @@ class _Training:
         self.valid_loss = task_loss(config.mask_loss, config.depth_loss, fixed_weight)
         self.watched = _watched(parts)
         self.history, self.seconds, self.best = [], [], {}
+        self.sound = True  # whether checkpoint.pt, if it is there, can be read
         self.within = None  # what the last checkpoint says about the epoch that it was written in
         self.checkpoint_at = time.monotonic() + 60 * config.checkpoint_minutes
 
@@ -2716,16 +2720,26 @@ class _Training:
             if checkpoint is None and file.exists():
                 try:
                     checkpoint = _load_state(file)
+                    if not checkpoint.keys() >= {"model", "optimizer", "history"}:
+                        raise ValueError(f"{file} is no checkpoint of a run.")
                 except (OSError, ValueError) as error:
+                    checkpoint, self.sound = None, False
                     if self.process == 0:
                         tqdm.write(f"{self.config.name}: {error} Goes on from before that.")
         if checkpoint is None:
+            if self.process == 0 and not self.sound:
+                tqdm.write(f"{self.config.name}: No checkpoint is left. Begins anew.")
             return
-        for name, part in self._parts().items():
-            if checkpoint.get(name):  # a scaler that is off has no state, nor has a loss with fixed weights
-                part.load_state_dict(checkpoint[name])
-        for group in self.optimizer.param_groups:
-            group["fused"] = self.optimizer.defaults.get("fused")  # as this device has it, not the one of the checkpoint
+        for group in checkpoint["optimizer"]["param_groups"]:
+            if "fused" in group:
+                group["fused"] = FUSED  # as this device has it, not the one of the checkpoint
+        try:
+            for name, part in self._parts().items():
+                if checkpoint.get(name):  # a scaler that is off has no state, nor has a loss with fixed weights
+                    part.load_state_dict(checkpoint[name])
+        except (RuntimeError, ValueError) as error:
+            what = f"The checkpoint in {self.folder} is of another network than {self.config.model!r} is now"
+            raise ValueError(f"{what}. Take another name, or delete its folder.") from error
         self.history, self.seconds = checkpoint["history"], checkpoint["seconds"]
         self.best, self.within = checkpoint.get("best", {}), checkpoint.get("within")
         if self.process == 0:
@@ -2746,15 +2760,18 @@ class _Training:
         if self.process == 0:
             states = {name: part.state_dict() for name, part in self._parts().items()}
             about = {"history": self.history, "seconds": self.seconds, "best": self.best, "within": within}
-            _save(self.folder / "checkpoint.pt", states | about, before=self.folder / "checkpoint_before.pt")
+            before = self.folder / "checkpoint_before.pt" if self.sound else None  # a damaged one is not worth it
+            _save(self.folder / "checkpoint.pt", states | about, before)
             keep(self.folder)
-        self.within, self.checkpoint_at = within, time.monotonic() + 60 * self.config.checkpoint_minutes
+        self.sound, self.within, self.checkpoint_at = True, within, time.monotonic() + 60 * self.config.checkpoint_minutes
 
-    def epoch(self) -> None:
+    def epoch(self, stop: "_StopButton") -> None:
         """Trains for an epoch, or what is left of it; measures; and writes it all down."""
         config, epoch = self.config, len(self.history) + 1
-        lr, train_loss, seconds = self._train()
-        values = evaluate(self.measured, self.ds, self.parts["valid"], self.valid_loss, config.precision)
+        with _explain_out_of_memory(config, config.batch_size):
+            lr, train_loss, seconds = self._train(stop)
+        with _explain_out_of_memory(config):
+            values = evaluate(self.measured, self.ds, self.parts["valid"], self.valid_loss, config.precision)
         wrong = self.parts["valid"][~np.isfinite(values["loss"])]
         if len(wrong):
             self._stop(f"the validation loss of epoch {epoch} is not finite", wrong)
@@ -2784,12 +2801,13 @@ class _Training:
         """Measures the best weights on all parts of the split but `train`."""
         _wait_for_all()  # the best weights are written by one and read by all
         tests = {part: indices for part, indices in self.parts.items() if part != "train"}
-        results = score(load_model(self.folder), self.ds, tests, self.config.precision)
+        with _explain_out_of_memory(self.config):
+            results = score(load_model(self.folder), self.ds, tests, self.config.precision)
         if self.process == 0:
             (self.folder / "checkpoint_before.pt").unlink(missing_ok=True)
             _write_json(self.folder / "results.json", results)
 
-    def _train(self) -> tuple[float, float, float]:
+    def _train(self, stop: "_StopButton") -> tuple[float, float, float]:
         """One pass over the training samples; gives the learning rate at its start, the mean loss and the seconds.
 
         With one GPU, the loop waits for it at every 50th batch alone (and with RMSprop in float16). Of n processes, each takes
@@ -2802,23 +2820,25 @@ class _Training:
         if within is None:
             _seed(config.seed * 1_000_003 + epoch)
             order = indices[torch.randperm(len(indices)).numpy()]
-            within = {"order": torch.from_numpy(order), "done": 0, "total": torch.zeros(()), "seconds": 0.0}
+            within = {"order": torch.from_numpy(order), "done": 0, "shares": [], "seconds": 0.0}
             within["lr"] = optimizer.param_groups[0]["lr"]
         else:
             order = within["order"].numpy()
-            _set_random_states(within["random"])
+            _set_random_states(within["shares"][process % len(within["shares"])]["random"])
         started = time.perf_counter() - within["seconds"]
         batches = np.split(order, range(config.batch_size, len(order), config.batch_size))
         share = slice(process, None, processes)
         ahead = _prefetch(lambda batch: self.ds.batch(batch[share], DEVICE), batches[within["done"] :])
         # Summed and kept on the device: to read each value would wait for the GPU.
-        total = within["total"].to(DEVICE) if process == 0 else torch.zeros((), device=DEVICE)
-        terms = torch.zeros(len(batches), 2, device=DEVICE)
+        total = sum((one["total"] for one in within["shares"][process::processes]), torch.zeros(())).to(DEVICE)
+        terms = torch.zeros(len(batches), 3, device=DEVICE)  # of each batch the two losses, and the largest weight after it
+        weights = [*model.state_dict().values(), *self.loss.state_dict().values()]
+        weights = [tensor for tensor in weights if tensor.is_floating_point()]
         look = 50 if DEVICE.type == "cuda" or processes > 1 else 1
         show = {"disable": True} if self.quiet else {}  # else the environment variable TQDM_DISABLE decides
         about = {"desc": f"epoch {epoch}/{config.epochs}", "unit": " images", "leave": False, "mininterval": 1}
         about |= {"initial": sum(map(len, batches[: within["done"]])), "file": sys.stdout}
-        with tqdm(total=len(order), **about, **show) as bar, _stop_button() as stop:
+        with tqdm(total=len(order), **about, **show) as bar:
             for done, (whole, batch) in enumerate(zip(batches[within["done"] :], ahead, strict=True), within["done"] + 1):
                 batch = to_float(batch, DEVICE)
                 if "mirror" in config.augment:
@@ -2841,20 +2861,21 @@ class _Training:
                 if config.average:
                     _average_into(self.average, model, config.average, (epoch - 1) * len(batches) + done)
                 total += loss.detach() * counted
-                terms[done - 1] = self.loss.terms
+                terms[done - 1, :2] = self.loss.terms
+                terms[done - 1, 2] = nn.utils.get_total_norm(weights, math.inf)
                 bar.update(len(whole))
                 if done % look and done < len(batches) and not stop.asked:
                     continue
-                self._check(terms[:done], batches, share)
+                self._check(terms[:done], batches)
                 if stop.asked or (done < len(batches) and self._due()):
-                    self._check_weights(batches[done - 1][share], done)
-                    sums = total.clone()
+                    shares = [{"total": total.cpu(), "random": _random_states()}]
                     if processes > 1:
-                        dist.all_reduce(sums)
-                    seconds = time.perf_counter() - started
-                    state = {"done": done, "total": sums.cpu(), "seconds": seconds, "random": _random_states()}
-                    self.save(within | state)
-                stop.end_if_asked()
+                        shares *= processes
+                        dist.all_gather_object(shares, shares[process])
+                    self.save(within | {"done": done, "shares": shares, "seconds": time.perf_counter() - started})
+                    if stop.asked and not self.quiet:
+                        tqdm.write(f"{config.name}: stopped after {self._reached()}; run it again to go on")
+                    stop.end_if_asked()
         if processes > 1:
             dist.all_reduce(total)
         return within["lr"], total.item() / len(order), time.perf_counter() - started
@@ -2866,19 +2887,20 @@ class _Training:
             dist.broadcast(due, 0)
         return due.item()
 
-    def _check(self, terms: Tensor, batches: Sequence[np.ndarray], share: slice) -> None:
-        """Stops where one of the losses (batches, 2) is not finite."""
+    def _check(self, terms: Tensor, batches: Sequence[np.ndarray]) -> None:
+        """Stops where a loss or a weight is not finite, before a checkpoint has it."""
+        if self.processes > 1:  # all stop, and name the same
+            terms = terms.clone()
+            dist.all_reduce(terms)
         wrong = (~terms.isfinite()).nonzero()
         if len(wrong):
             k, task = wrong[0].tolist()
-            name = f"{KINDS[2 + task]} loss ({(self.config.mask_loss, self.config.depth_loss)[task]})"
-            what = f"the {name} of batch {k + 1} of epoch {len(self.history) + 1} is {terms[k, task].item()}"
-            self._stop(what, batches[k][share])
-
-    def _check_weights(self, samples: np.ndarray, batch: int) -> None:
-        """Stops where a weight is not finite, so that no checkpoint has it."""
-        if not all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
-            self._stop(f"a weight is not finite after batch {batch} of epoch {len(self.history) + 1}", samples)
+            of = f"batch {k + 1} of epoch {len(self.history) + 1}"
+            what = f"a weight is not finite after {of}"
+            if task < 2:
+                name = (self.config.mask_loss, self.config.depth_loss)[task]
+                what = f"the {KINDS[2 + task]} loss ({name}) of {of} is {terms[k, task].item()}"
+            self._stop(what, batches[k])
 
     def _stop(self, what: str, samples: np.ndarray) -> None:
         names = ", ".join(self.ds.name(i) for i in samples[:8]) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
@@ -2899,39 +2921,34 @@ def _average_into(average: nn.Module, model: nn.Module, decay: float, step: int)
 
 
 class _StopButton:
-    """Whether the run has been asked to end, and by which signal."""
+    """Within it, the stop button of a notebook (or the system's request to end) waits for the step under way, which it would
+    tear apart, and for a checkpoint. Several processes, which would have to agree on the step, end at once."""
 
     def __init__(self):
         self.asked, self._before = None, {}
 
+    def __enter__(self) -> "_StopButton":
+        if threading.current_thread() is threading.main_thread() and not dist.is_initialized():  # where signals arrive
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, error: type | None, *_: object) -> None:
+        self._give_back()
+        if error is None:
+            self.end_if_asked()
+
     def _note(self, number: int, frame: object) -> None:
         self.asked = number
-        self.give_back()  # a second press ends at once
+        self._give_back()  # a second press ends at once
 
-    def take(self) -> None:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def give_back(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+    def _give_back(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def end_if_asked(self) -> None:
-        if self.asked is not None:
-            signal.raise_signal(self.asked)
-
-
-@contextlib.contextmanager
-def _stop_button() -> Iterator[_StopButton]:
-    """Within it, the stop button of a notebook (or the system's request to end) waits for the step under way, which it would
-    tear apart, and for a checkpoint. Several processes, which would have to agree on the step, end at once."""
-    button = _StopButton()
-    if threading.current_thread() is threading.main_thread() and not dist.is_initialized():  # where signals arrive
-        button.take()
-    try:
-        yield button
-    finally:
-        button.give_back()
+        number, self.asked = self.asked, None  # a handler of the caller's may let the run go on
+        if number is not None:
+            signal.raise_signal(number)
 
 
 def _seed(seed: int) -> None:
@@ -3041,17 +3058,20 @@ class _Step(nn.Module):
 
 
 @contextlib.contextmanager
-def _explain_out_of_memory(config: Config) -> Iterator[None]:
-    """Turns the error of memory that does not suffice into a sentence that helps."""
+def _explain_out_of_memory(config: Config, batch_size: int = 0) -> Iterator[None]:
+    """Turns the error of memory that does not suffice into a sentence that helps: in training with this batch size, or in
+    measuring, where it is fixed."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        told = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # by the CPU, by CUDA and by its libraries
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(text in str(error) for text in told):
             raise
         where = "the GPU's memory" if DEVICE.type == "cuda" else "memory"
-        batch = f"A batch of {config.batch_size} samples of {config.size} x {config.size} pixels does not fit into {where}"
-        smaller = f"batch_size to {config.batch_size // 2}" if config.batch_size > 1 else "a smaller size or another model"
-        raise MemoryError(f"{config.name}: {batch}. Set {smaller}, under another name, or cache to 'none'.") from error
+        batch = f"A batch of {batch_size or EVALUATED} samples of {config.size} x {config.size} pixels"
+        smaller = f"batch_size to {batch_size // 2}" if batch_size > 1 else "a smaller size or another model"
+        what = f"{batch}{'' if batch_size else ' to measure'} does not fit into {where}"
+        raise MemoryError(f"{config.name}: {what}. Set {smaller}, under another name, or cache to 'none'.") from error
 
 
 def _save(path: Path, state: dict, before: Path | None = None) -> None:
@@ -3059,7 +3079,10 @@ def _save(path: Path, state: dict, before: Path | None = None) -> None:
     `before`."""
     with _replacing(path, before) as part:
         with open(part, "wb") as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # of a large file this is all that it says of a disk that is full
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
             file.flush()
             os.fsync(file.fileno())
         _load_state(part)
@@ -3078,12 +3101,13 @@ def _load_state(path: Path) -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what it refuses
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # of junk torch.load raises many kinds
-        if code := _code_in(path):
+        no_access = isinstance(error, FileNotFoundError | PermissionError | MemoryError)
+        if no_access or "can't allocate memory" in str(error):  # which says nothing of what is in the file
+            raise
+        if code := "" if isinstance(error, OSError) else _code_in(path):
             raise ValueError(f"{path} is refused: to load it would run code ({code}). Weights need none.") from error
-        reason = str(error).partition("\n")[0]
+        reason = "it has another form" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
         raise ValueError(f"{path} is damaged, or no file of weights ({reason}).") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is no file of weights, but of one {type(state).__name__}.")
@@ -3092,21 +3116,24 @@ def _load_state(path: Path) -> dict:
 
 def _code_in(path: Path) -> str:
     """The first thing in a pickle, or in a file of PyTorch, that is neither a tensor nor a plain value; read, not run."""
-    allowed, texts = ("torch.", "collections."), []
+    needed = re.compile(r"(torch|torch\._utils|torch\.storage|torch\.nn\.parameter|collections)\.\w+")
+    texts = collections.deque(maxlen=2)
     try:
         with zipfile.ZipFile(path) as archive:
-            pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-    except (zipfile.BadZipFile, StopIteration, RuntimeError):
+            entry = next(entry for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
+            pickled = b"" if entry.compress_type else archive.read(entry)  # compressed, it might grow without end
+    except Exception:  # of a damaged zip there are many kinds too
         pickled = path.read_bytes()
     stream = io.BytesIO(pickled)
-    with contextlib.suppress(ValueError):  # where what was a pickle ends; old files of PyTorch hold several
+    with contextlib.suppress(Exception):  # where what was a pickle ends; old files of PyTorch hold several
         while True:
             for code, value, _ in pickletools.genops(stream):
-                texts.append(value if isinstance(value, str) else "")
-                found = value.replace(" ", ".") if code.name == "GLOBAL" else ""
-                if code.name == "STACK_GLOBAL":
-                    found = ".".join([text for text in texts if text][-2:])
-                if found and not found.startswith(allowed):
+                if code.name in ("GLOBAL", "INST"):
+                    found = value.replace(" ", ".")
+                else:
+                    found = ".".join(texts) if code.name == "STACK_GLOBAL" else ""
+                    texts.extend([value] if isinstance(value, str) else [])
+                if found and not needed.fullmatch(found):
                     return found
     return ""
 

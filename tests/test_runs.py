@@ -7,10 +7,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +14,6 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop, lr_scheduler
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for when this file is run by itself, below
 
 import helpers
 from helpers import DEPTH_LOSSES, MASK_LOSSES, MODELS, OPTIMIZERS, Config, ZipDataset, jitter_colours, mirror, run, split
@@ -47,14 +41,6 @@ class Turned(Tiny):
     def forward(self, bg, fg_bg):
         mask_logits, depth = super().forward(bg, fg_bg)
         return -mask_logits, 1 - depth
-
-
-class SlowTiny(Tiny):
-    """The same, and time enough to be killed in the midst of an epoch."""
-
-    def forward(self, bg, fg_bg):
-        time.sleep(0.2 if self.training else 0)
-        return super().forward(bg, fg_bg)
 
 
 @pytest.fixture(scope="module")
@@ -227,23 +213,6 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(config, place, options
     assert not run(parts, stop_after=2).results
     assert run(parts).results and run(whole).results
     assert_same_run(place / "first", place / "parts")
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-def test_a_run_killed_in_the_midst_of_an_epoch_goes_on_to_the_same_result(config, place):
-    killed = renamed(config, name="killed")
-    child = subprocess.Popen([sys.executable, __file__, json.dumps(dataclasses.asdict(killed))], stdout=subprocess.DEVNULL)
-    table, deadline = place / "killed" / "metrics.csv", time.monotonic() + 120
-    while not table.exists() and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.15)  # into the next epoch
-    os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    assert len(checkpoint(place / "killed")["history"]) < 3 and not (place / "killed" / "results.json").exists()
-
-    run(killed)
-    run(config)
-    assert_same_run(place / "first", place / "killed")
 
 
 @pytest.mark.parametrize("missing", ["metrics.csv", "timing.csv", "results.json"])
@@ -836,9 +805,3 @@ def test_a_file_that_holds_no_config_is_named(place, text, about):
 def test_a_config_that_is_not_there(place):
     with pytest.raises(FileNotFoundError, match="mine"):
         Config.load(place / "mine.json")
-
-
-if __name__ == "__main__":  # the run that is to be killed
-    torch.set_num_threads(1)  # as conftest.py does
-    MODELS["tiny"] = SlowTiny
-    run(Config(**json.loads(sys.argv[1])))
