@@ -2584,7 +2584,8 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     folder = work_folder() / config.name
     with _alone(config.name) if process == 0 else contextlib.nullcontext():
         with local_first():  # what goes to the local disk, the others find there
-            ds = open_zip(data_zip(config.data), config.size, config.depth_near, config.subset, config.cache)
+            choices = config.size, config.depth_near, config.subset, config.cache, config.defects
+            ds = open_zip(data_zip(config.data), *choices)
         parts = parts_of(config, ds)
         settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint}
         _refuse_another(config, folder, settings)
@@ -2739,7 +2740,7 @@ class _Training:
                     part.load_state_dict(checkpoint[name])
         except (RuntimeError, ValueError) as error:
             what = f"The checkpoint in {self.folder} is of another network than {self.config.model!r} is now"
-            raise ValueError(f"{what}. Take another name, or delete its folder.") from error
+            raise ValueError(f"{what}. Take another name, or remove it with discard({self.config.name!r}).") from error
         self.history, self.seconds = checkpoint["history"], checkpoint["seconds"]
         self.best, self.within = checkpoint.get("best", {}), checkpoint.get("within")
         if self.process == 0:
@@ -2831,9 +2832,7 @@ class _Training:
         ahead = _prefetch(lambda batch: self.ds.batch(batch[share], DEVICE), batches[within["done"] :])
         # Summed and kept on the device: to read each value would wait for the GPU.
         total = sum((one["total"] for one in within["shares"][process::processes]), torch.zeros(())).to(DEVICE)
-        terms = torch.zeros(len(batches), 3, device=DEVICE)  # of each batch the two losses, and the largest weight after it
-        weights = [*model.state_dict().values(), *self.loss.state_dict().values()]
-        weights = [tensor for tensor in weights if tensor.is_floating_point()]
+        terms = torch.zeros(len(batches), 2, device=DEVICE)
         look = 50 if DEVICE.type == "cuda" or processes > 1 else 1
         show = {"disable": True} if self.quiet else {}  # else the environment variable TQDM_DISABLE decides
         about = {"desc": f"epoch {epoch}/{config.epochs}", "unit": " images", "leave": False, "mininterval": 1}
@@ -2861,13 +2860,15 @@ class _Training:
                 if config.average:
                     _average_into(self.average, model, config.average, (epoch - 1) * len(batches) + done)
                 total += loss.detach() * counted
-                terms[done - 1, :2] = self.loss.terms
-                terms[done - 1, 2] = nn.utils.get_total_norm(weights, math.inf)
+                terms[done - 1] = self.loss.terms
                 bar.update(len(whole))
                 if done % look and done < len(batches) and not stop.asked:
                     continue
                 self._check(terms[:done], batches)
-                if stop.asked or (done < len(batches) and self._due()):
+                due = stop.asked or done == len(batches) or self._due()
+                if due:
+                    self._check_weights(batches[done - 1], done)
+                if due and (stop.asked or done < len(batches)):
                     shares = [{"total": total.cpu(), "random": _random_states()}]
                     if processes > 1:
                         shares *= processes
@@ -2888,19 +2889,22 @@ class _Training:
         return due.item()
 
     def _check(self, terms: Tensor, batches: Sequence[np.ndarray]) -> None:
-        """Stops where a loss or a weight is not finite, before a checkpoint has it."""
+        """Stops where one of the losses (batches, 2) is not finite."""
         if self.processes > 1:  # all stop, and name the same
             terms = terms.clone()
             dist.all_reduce(terms)
         wrong = (~terms.isfinite()).nonzero()
         if len(wrong):
             k, task = wrong[0].tolist()
-            of = f"batch {k + 1} of epoch {len(self.history) + 1}"
-            what = f"a weight is not finite after {of}"
-            if task < 2:
-                name = (self.config.mask_loss, self.config.depth_loss)[task]
-                what = f"the {KINDS[2 + task]} loss ({name}) of {of} is {terms[k, task].item()}"
+            name = f"{KINDS[2 + task]} loss ({(self.config.mask_loss, self.config.depth_loss)[task]})"
+            what = f"the {name} of batch {k + 1} of epoch {len(self.history) + 1} is {terms[k, task].item()}"
             self._stop(what, batches[k])
+
+    def _check_weights(self, samples: np.ndarray, batch: int) -> None:
+        """Stops where a weight is not finite, before a checkpoint has it. To look after each step would cost a twentieth of it."""
+        weights = [*self.model.state_dict().values(), *self.loss.state_dict().values()]
+        if not all(tensor.isfinite().all() for tensor in weights):
+            self._stop(f"a weight is not finite after batch {batch} of epoch {len(self.history) + 1}", samples)
 
     def _stop(self, what: str, samples: np.ndarray) -> None:
         names = ", ".join(self.ds.name(i) for i in samples[:8]) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
