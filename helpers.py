@@ -465,7 +465,7 @@ class _Copies:
 
     def _work(self) -> None:
         """Copies what is wanted, and looks after the runs under way at every beat. It never waits for Drive itself."""
-        patience = _PATIENCE
+        hung = 0  # tries in a row; each leaves a thread behind, so they become rarer
         while True:
             with self._wake:
                 if not self.wanted:
@@ -475,11 +475,11 @@ class _Copies:
             trouble = ""
             for name in names:
                 try:
-                    self.in_time(self._copy_all, name, patience=patience)
+                    self.in_time(self._copy_all, name, patience=_PATIENCE * 2**hung)
                 except Exception as error:  # whatever it is; and the next name may do better
                     self.trouble = trouble = _reason(error)
                     if isinstance(error, TimeoutError):
-                        patience *= 2  # each try leaves a thread behind
+                        hung += 1
                         break
                     continue
                 with self._wake:
@@ -491,7 +491,7 @@ class _Copies:
                     self.copied = dict.fromkeys(self.copied)  # Drive may have lost what it had not uploaded
                     self._wake.wait(_RETRY)
                 else:
-                    patience = _PATIENCE
+                    hung = 0
 
     def _copy_all(self, moved: Callable[[], None], name: str) -> None:
         """Makes a file or folder on Drive as it is here."""
