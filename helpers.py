@@ -295,6 +295,7 @@ def _copies() -> "_Copies | None":
 
 _PATIENCE, _RETRY, _BEAT = 120.0, 30.0, 60.0  # seconds: until Drive counts as hung, between tries, between signs of life
 _NOTE = "in_use.json"  # the sign of life in a run's folder on Drive
+_HUNG = "it does not answer"
 _FURTHER = "Drive holds the same run, and it is further there"
 # Of a run, opened in this order before anything is copied, and copied in the reverse order after all else: however that is cut
 # off, Drive's checkpoint has its pictures there, the table is not ahead of the checkpoint, and results come with all the rest.
@@ -315,6 +316,7 @@ class _Copies:
         self.wanted: dict[str, int] = {}  # names in both folders that are to be copied; how often that was asked
         self.copied: dict[str, tuple | None] = {}  # file on Drive -> stamp of the local one; None: to be looked at again
         self.refused: dict[str, str] = {}  # runs that are not copied, and why
+        self._told: dict[str, str] = {}  # what has been printed of that
         self.trouble, self._said = "", ""
         self._running: set[str] = set()
         self._signed: dict[str, float] = {}  # runs that have this machine's note, and when it was written
@@ -338,16 +340,23 @@ class _Copies:
 
     def begin(self, name: str) -> None:
         """Before a run: brings it from Drive where it is further there. Raises RuntimeError where another machine is at it."""
-        try:
-            if not self.trouble:
+        until = time.monotonic() + (0 if self.trouble else _PATIENCE)
+        while self.trouble != _HUNG:
+            try:
                 self._wait_for_others(name)
                 if self.in_time(self._compare, name) == _FURTHER:
                     self.bring(name)
                     self._ours.add(name)
-                if name in self._ours:
-                    self.in_time(self._sign, name)
-        except OSError as error:
-            self.trouble = _reason(error)
+                break
+            except OSError as error:
+                self.trouble = _reason(error)
+            self.say()
+            if (self.local / name).exists() or time.monotonic() > until:
+                break
+            time.sleep(_RETRY)  # rather than train anew what Drive may hold
+        if name in self._ours:  # before the threads come to it, lest another machine begins too
+            with contextlib.suppress(OSError):
+                self.in_time(self._sign, name)
         with self._wake:
             self._running.add(name)
         self.put(name)
@@ -360,13 +369,17 @@ class _Copies:
             self.put(name)
 
     def say(self) -> None:
-        """Prints a line when Drive begins to fail and when it answers again."""
+        """Prints a line when Drive begins to fail, when it answers again, and for a run that is not copied."""
         trouble = self.trouble
         if trouble and not self._said:
             tqdm.write(f"Google Drive fails ({trouble}). Work goes on; what is missing there is copied once it answers.")
         elif self._said and not trouble:
             tqdm.write("Google Drive answers again.")
         self._said = trouble
+        for name, why in self.refused.copy().items():
+            if self._told.get(name) != why:
+                tqdm.write(f"{name} is not copied to Google Drive: {why}.")
+                self._told[name] = why
 
     def wait(self, patience: float) -> None:
         """Until all is copied; where Drive fails, at most so many seconds."""
@@ -427,7 +440,7 @@ class _Copies:
                     return value
         finally:
             left.set()
-        raise TimeoutError("it does not answer")
+        raise TimeoutError(_HUNG)
 
     def _download(self, moved: Callable[[], None], name: str, target: Path) -> None:
         """Copies a file or folder of Drive, if it is there; pictures, packed there, are a folder again."""
@@ -524,12 +537,12 @@ class _Copies:
                     if (self.copied.get(file) or _stamp_there(self.drive / file, stamp)) == stamp:
                         self.copied[file] = stamp
                         continue
-                    packed = io.BytesIO(_pack(files[file])) if file not in opened and files[file].is_dir() else None
-                    source = opened.get(file) or packed or stack.enter_context(open(files[file], "rb"))
+                    source = opened.get(file) or _open(files[file])
                 except FileNotFoundError:  # replaced or removed meanwhile; then it has been asked for again
                     continue
-                self._make((self.drive / file).parent)
-                _copy(source, self.drive / file, stamp[0], alive)
+                with source:
+                    self._make((self.drive / file).parent)
+                    _copy(source, self.drive / file, stamp[0], alive)
                 alive()
                 self.copied[file] = stamp
         there = self.drive / name
@@ -685,13 +698,16 @@ def _copy(source: BinaryIO, target: Path, time_ns: int, moved: Callable[[], None
     os.replace(part, target)
 
 
-def _pack(folder: Path) -> bytes:
-    """The files of a folder, as a zip."""
+def _open(path: Path) -> BinaryIO:
+    """A file, to be read; of a folder, a zip of its files."""
+    if not path.is_dir():
+        return open(path, "rb")
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
-        for file in sorted(folder.iterdir()):
+        for file in sorted(path.iterdir()):
             archive.write(file, file.name)
-    return packed.getvalue()
+    packed.seek(0)
+    return packed
 
 
 def _unpack(packed: bytes, folder: Path) -> None:

@@ -337,16 +337,48 @@ def test_a_further_run_on_a_drive_that_cannot_be_read_at_the_start_is_not_touche
     drive_report(patience=60)
     before = files(faulty.behind)
     next_machine = machine(monkeypatch, tmp_path / "next", faulty.folder)
+    monkeypatch.setattr(helpers, "_PATIENCE", 1.0)
     faulty.fail("all 5")
     assert len(run(config, stop_after=1, quiet=True).history) == 1  # trained anew
     assert capsys.readouterr().out.count(FAILS) == 1
+    monkeypatch.setattr(helpers, "_PATIENCE", 20.0)
     faulty.recover("all 5")
     assert "Not there: first, as Drive holds the same run, and it is further there" in drive_report(patience=60)
+    printed = capsys.readouterr().out
+    assert printed.count(ANSWERS) == printed.count("first is not copied to Google Drive: Drive holds the same run") == 1
     assert files(faulty.behind) == before
 
     assert_same_run(undisturbed, run(config, quiet=True).folder)  # brings it, and goes on
     assert "Not there" not in drive_report(patience=60)
     assert_all_there(next_machine / "first", faulty.behind / PROJECT / "first")
+
+
+@pytest.mark.parametrize("faulty", [FaultyMount], indirect=True)
+def test_a_drive_that_fails_for_a_moment_at_the_start_is_asked_again(
+    faulty, config, undisturbed, tmp_path, monkeypatch, capsys
+):
+    run(config, stop_after=2, quiet=True)
+    drive_report(patience=60)
+    local = machine(monkeypatch, tmp_path / "next", faulty.folder)
+    faulty.fail("all 5")
+    threading.Timer(0.5, faulty.recover, ["all 5"]).start()
+    assert_same_run(undisturbed, run(config).folder)
+    assert "goes on after epoch 2" in capsys.readouterr().out
+    assert "Not there" not in drive_report(patience=60)
+    assert_all_there(local / "first", faulty.behind / PROJECT / "first")
+
+
+@pytest.mark.parametrize("faulty", [FaultyMount], indirect=True)
+def test_a_full_drive_still_gives_what_it_holds(faulty, config, undisturbed, tmp_path, monkeypatch, capsys):
+    run(config, stop_after=2, quiet=True)
+    drive_report(patience=60)
+    machine(monkeypatch, tmp_path / "next", faulty.folder)
+    faulty.fail("writes 28")
+    (helpers.work_folder() / "photo.jpg").write_bytes(b"no room")
+    keep(helpers.work_folder() / "photo.jpg")
+    assert "Errno 28" in drive_report(patience=0.2)
+    assert_same_run(undisturbed, run(config).folder)
+    assert "goes on after epoch 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("faulty", [FaultyMount], indirect=True)
@@ -411,6 +443,22 @@ def test_a_finished_run_is_not_copied_again_by_the_next_notebook(
         assert_same_run(undisturbed, next_local / "first")
     assert copied == {}
     assert_all_there(local / "first", drive / PROJECT / "first")
+
+
+def test_a_folder_of_many_files_is_copied_though_few_can_be_open(local, drive):
+    resource = pytest.importorskip("resource")
+    examples = helpers.work_folder() / "examples"
+    examples.mkdir()
+    for i in range(100):
+        (examples / f"{i}.txt").write_text(str(i))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 30, hard))
+    try:
+        keep(examples)
+        assert " 100 files" in drive_report(patience=0.2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert files(drive / PROJECT) == {f"examples/{i}.txt": str(i).encode() for i in range(100)}
 
 
 def test_pictures_that_are_being_written_are_not_copied(local, drive, config):
@@ -512,8 +560,9 @@ def test_a_run_half_brought_is_brought_again(local, drive, config, tmp_path, mon
     assert_same_run(undisturbed, fetch("first"))
 
 
-def test_without_consent_the_report_says_that_nothing_is_on_drive(tmp_path, monkeypatch):
-    monkeypatch.delenv("WORKSPACE")
+@pytest.mark.parametrize("workspace", ["", "/content/drive/MyDrive/mine"])
+def test_without_consent_the_report_says_that_nothing_is_on_drive(tmp_path, monkeypatch, workspace):
+    monkeypatch.setenv("WORKSPACE", workspace)
     monkeypatch.setattr(helpers, "ROOT", tmp_path)
     monkeypatch.setattr(helpers, "in_colab", lambda: True)
     monkeypatch.setattr(helpers, "_drive_folder", lambda: None)
