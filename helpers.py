@@ -362,11 +362,9 @@ class _Copies:
         self.put(name)
 
     def end(self, name: str) -> None:
-        """After a run that has begun."""
-        if name in self._running:
-            with self._wake:
-                self._running.remove(name)
-            self.put(name)
+        with self._wake:
+            self._running.discard(name)
+        self.put(name)
 
     def say(self) -> None:
         """Prints a line when Drive begins to fail, when it answers again, and for a run that is not copied."""
@@ -620,8 +618,8 @@ class _Copies:
         self._signed[name] = time.monotonic()
 
 
-def _reason(error: OSError) -> str:
-    return f"Errno {error.errno}, {error.strerror}" if error.errno else str(error)
+def _reason(error: Exception) -> str:
+    return f"Errno {error.errno}, {error.strerror}" if getattr(error, "errno", None) else str(error)
 
 
 def _raise(error: OSError) -> None:
@@ -686,16 +684,21 @@ def _copy(source: BinaryIO, target: Path, time_ns: int, moved: Callable[[], None
     for part in target.parent.glob(f"{target.name}.*.part"):  # of a copy that was cut off, or still hangs
         part.unlink(missing_ok=True)
     part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
-    with open(part, "wb") as copy:
-        written = _transfer(source, copy, moved)
-        copy.flush()
-        os.fsync(copy.fileno())
-    with open(part, "rb") as copy:
-        if _transfer(copy, None, moved) != written:
-            raise OSError(errno.EIO, "what was written reads otherwise")
-    os.utime(part, ns=(time_ns, time_ns))
-    moved()
-    os.replace(part, target)
+    try:
+        with open(part, "wb") as copy:
+            written = _transfer(source, copy, moved)
+            copy.flush()
+            os.fsync(copy.fileno())
+        with open(part, "rb") as copy:
+            if _transfer(copy, None, moved) != written:
+                raise OSError(errno.EIO, "what was written reads otherwise")
+        os.utime(part, ns=(time_ns, time_ns))
+        moved()
+        os.replace(part, target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 def _open(path: Path) -> BinaryIO:

@@ -312,8 +312,7 @@ def test_what_reads_otherwise_than_it_was_written_is_copied_again(faulty, config
 
 
 @both
-def test_a_copy_that_hung_and_goes_on_after_all_harms_nothing(faulty, monkeypatch):
-    """Three files are wanted one after the other under one name; the first hangs, is left behind, and is let go at the end."""
+def test_what_was_wanted_several_times_while_drive_hung_is_there_as_it_was_last(faulty, monkeypatch):
     faulty.local.mkdir()
     photo = faulty.local / "photo.jpg"
     monkeypatch.setattr(helpers, "_PATIENCE", 0.3)
@@ -327,6 +326,45 @@ def test_a_copy_that_hung_and_goes_on_after_all_harms_nothing(faulty, monkeypatc
     assert "Not there" not in drive_report(patience=60)
     until(lambda: [path.name for path in (faulty.behind / PROJECT).iterdir()] == ["photo.jpg"])
     assert (faulty.behind / PROJECT / "photo.jpg").read_bytes() == b"three, the longest"
+
+
+def test_a_thread_that_was_left_behind_and_goes_on_after_all_changes_nothing(local, drive, monkeypatch):
+    right, hung, release = helpers._copy, [], threading.Event()
+
+    def copy(*args):
+        if not hung:
+            hung.append(threading.current_thread())
+            release.wait(60)
+        right(*args)
+
+    monkeypatch.setattr(helpers, "_copy", copy)
+    monkeypatch.setattr(helpers, "_PATIENCE", 0.5)
+    photo = helpers.work_folder() / "photo.jpg"
+    photo.write_bytes(b"the first")
+    keep(photo)
+    until(lambda: hung)
+    photo.unlink()  # the thread that hangs keeps what it has opened
+    photo.write_bytes(b"the second")
+    keep(photo)
+    until(lambda: not helpers._copies().wanted)
+    release.set()
+    hung[0].join(60)
+    assert not hung[0].is_alive()
+    keep(photo)
+    assert "Not there" not in drive_report()
+    assert files(drive / PROJECT) == {"photo.jpg": b"the second"}
+
+
+def test_a_drive_that_vanishes_just_before_a_file_is_written_leaves_its_place_empty(local, drive, monkeypatch):
+    def vanish(*args):
+        if (drive / "MyDrive").exists():
+            os.rename(drive / "MyDrive", drive.with_name("away"))
+
+    monkeypatch.setattr(helpers, "_stamp_there", vanish)
+    (helpers.work_folder() / "notes.txt").write_text("kept")
+    keep(local / "notes.txt")
+    assert "Not there" in drive_report(patience=0.3)
+    assert os.listdir(drive) == []
 
 
 @pytest.mark.parametrize("faulty", [FaultyMount], indirect=True)
@@ -410,6 +448,22 @@ def test_an_error_of_another_kind_does_not_end_the_copying(local, drive, monkeyp
     keep(local / "notes.txt")
     assert "Not there" not in drive_report(patience=60)
     assert (drive / PROJECT / "notes.txt").read_text() == "kept" and len(calls) == 2
+
+
+def test_a_thread_that_cannot_be_started_does_not_end_the_copying(local, drive, monkeypatch):
+    right, calls = helpers._Copies.in_time, []
+
+    def in_time(*args, **options):
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("can't start new thread")
+        return right(*args, **options)
+
+    monkeypatch.setattr(helpers._Copies, "in_time", in_time)
+    (helpers.work_folder() / "notes.txt").write_text("kept")
+    keep(local / "notes.txt")
+    assert "Not there" not in drive_report(patience=60)
+    assert (drive / PROJECT / "notes.txt").read_text() == "kept" and len(calls) > 1
 
 
 # A Drive that is well
@@ -662,4 +716,11 @@ if __name__ == "__main__":
     helpers._BEAT, helpers.ROOT, helpers.DRIVE = BEAT, Path(root), Path(drive)
     os.environ["WORKSPACE"] = str(Path(drive) / PROJECT)
     MODELS["tiny"] = SlowTiny
+    quick = helpers._copy
+
+    def slow(source, target, *args):
+        time.sleep(2 if target.name == "results.json" else 0)  # the run has ended by then
+        quick(source, target, *args)
+
+    helpers._copy = slow
     run(Config(**settings))
