@@ -584,13 +584,15 @@ class _Copies:
         here, there = _progress(self.local / name), _progress(self.drive / name)
         if here and there and here[1] != there[1]:
             return "Drive holds a run of that name with another Config"
-        if there and (not here or there[0] > here[0] or (there[0] == here[0] and self._further_within(moved, name))):
+        if there and (not here or there[0] > here[0]):
+            return _FURTHER
+        if there and there[0] == here[0] and not here[0][0] and self._further_within(moved, name):
             return _FURTHER
         self._ours.add(name)
         return ""
 
     def _further_within(self, moved: Callable[[], None], name: str) -> bool:
-        """Whether the run on Drive is further than the one here, though both are in the same epoch."""
+        """Whether the unfinished run on Drive is further than the one here, though both are in the same epoch."""
         here, there = (folder / name / "checkpoint.pt" for folder in (self.local, self.drive))
         if here.exists() and _stamp_there(there, _stamp(here)):
             return False

@@ -350,8 +350,6 @@ def test_a_thread_that_was_left_behind_and_goes_on_after_all_changes_nothing(loc
     release.set()
     hung[0].join(60)
     assert not hung[0].is_alive()
-    keep(photo)
-    assert "Not there" not in drive_report()
     assert files(drive / PROJECT) == {"photo.jpg": b"the second"}
 
 
@@ -526,11 +524,32 @@ def test_pictures_that_are_being_written_are_not_copied(local, drive, config):
     assert files(drive) == {}
 
 
-def test_what_run_all_deletes_goes_from_drive_too(local, drive, config, copied):
+@pytest.mark.parametrize("copied_before", [True, False])
+def test_what_run_all_deletes_goes_from_drive_too(local, drive, config, copied_before):
+    if copied_before:
+        run(config, quiet=True)
+        drive_report()
     run_all({"all": [config]})
     assert "Not there" not in drive_report()
     kept = {str(path.relative_to(drive / PROJECT / "first")) for path in (drive / PROJECT / "first").rglob("*.*")}
     assert kept == {"config.json", "metrics.csv", "timing.csv", "best.pt", "results.json", "images/epoch_003.zip"}
+
+
+def test_however_copying_is_cut_off_what_is_on_drive_belongs_together(local, drive, config, monkeypatch):
+    right, there, moments = helpers._copy, drive / PROJECT / "first", []
+
+    def copy(*args):
+        right(*args)
+        rows = max(0, len((there / "metrics.csv").read_text().splitlines()) - 1) if (there / "metrics.csv").exists() else 0
+        done = len(checkpoint(there)["history"]) if (there / "checkpoint.pt").exists() else 0
+        pictures = len(list(there.glob("images/*.zip")))
+        whole = not (there / "results.json").exists() or (rows == 3 and (there / "best.pt").exists())
+        moments.append(rows <= done <= pictures and whole)
+
+    monkeypatch.setattr(helpers, "_copy", copy)
+    run(config, quiet=True)
+    drive_report()
+    assert len(moments) >= 9 and all(moments)
 
 
 def test_a_folder_that_is_lost_here_is_not_deleted_there(local, drive, config):
