@@ -72,6 +72,7 @@ def times(monkeypatch):
     for copies in made:
         copies.wanted.clear()
         copies._running.clear()
+        copies.say = lambda: None
 
 
 def machine(monkeypatch, folder, drive):
@@ -133,7 +134,6 @@ class FaultyMount:
     """Drive as a file system that fails."""
 
     def __init__(self, tmp_path, monkeypatch):
-        pytest.importorskip("mfusepy", exc_type=ImportError)
         self.behind, self.folder, self.control = (tmp_path / name for name in ("behind", "mount", "control"))
         (self.behind / "MyDrive").mkdir(parents=True)
         self.folder.mkdir()
@@ -525,10 +525,9 @@ def test_pictures_that_are_being_written_are_not_copied(local, drive, config):
 
 
 @pytest.mark.parametrize("copied_before", [True, False])
-def test_what_run_all_deletes_goes_from_drive_too(local, drive, config, copied_before):
+def test_what_run_all_deletes_goes_from_drive_too(local, drive, config, monkeypatch, copied_before):
     if copied_before:
-        run(config, quiet=True)
-        drive_report()
+        monkeypatch.setattr(helpers, "run", lambda *args, **options: (run(*args, **options), drive_report())[0])
     run_all({"all": [config]})
     assert "Not there" not in drive_report()
     kept = {str(path.relative_to(drive / PROJECT / "first")) for path in (drive / PROJECT / "first").rglob("*.*")}
@@ -550,6 +549,13 @@ def test_however_copying_is_cut_off_what_is_on_drive_belongs_together(local, dri
     run(config, quiet=True)
     drive_report()
     assert len(moments) >= 9 and all(moments)
+
+
+def test_a_checkpoints_predecessor_stays_here(local, drive, config):
+    run(config, stop_after=2, quiet=True)
+    drive_report()
+    here, there = files(local / "first").keys(), files(drive / PROJECT / "first").keys()
+    assert here - there == {"checkpoint_before.pt"} and not there - here
 
 
 def test_a_folder_that_is_lost_here_is_not_deleted_there(local, drive, config):
