@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import mmap
+import multiprocessing.util
 import os
 import pickle
 import pickletools
@@ -34,6 +35,7 @@ import signal
 import stat
 import struct
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -122,22 +124,24 @@ def _drive_folder() -> Path | None:
 
     try:
         drive.mount(str(DRIVE))
-        folder = DRIVE / "MyDrive" / "mask-and-depth"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
     except Exception as error:  # refused consent raises a private class of Colab's
         print(f"Google Drive is not available ({error or type(error).__name__}): results stay on this machine and go with it.")
         return None
+    folder = DRIVE / "MyDrive" / "mask-and-depth"
+    with contextlib.suppress(OSError):  # a Drive that fails now may not fail when something is copied there
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def workspace() -> Path:
     """The folder for results, made if need be: the environment variable WORKSPACE (relative paths start at the project),
     else in Colab a folder on Drive (so that it outlives the machine; without consent a local one, and a line says so), else
     `runs/` beside helpers.py."""
-    if os.environ.get("WORKSPACE"):
-        folder = ROOT / Path(os.environ["WORKSPACE"]).expanduser()
-    else:
-        folder = (_drive_folder() if in_colab() else None) or ROOT / "runs"
+    given = os.environ.get("WORKSPACE")
+    folder = ROOT / Path(given).expanduser() if given else None
+    if in_colab() and (folder is None or _on_drive(folder)):
+        folder = _drive_folder() and (folder or _drive_folder())
+    folder = folder or ROOT / "runs"
     if not _on_drive(folder):  # which may not answer; what is copied there makes its folder
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -163,7 +167,7 @@ def data_zip(path: str | Path = "") -> Path:
         found, copies = work_folder() / "scenes.zip", _copies()
         if copies and not found.exists():
             found = workspace() / "scenes.zip"
-        if not (copies.in_time(found.exists) if copies else found.exists()):
+        if not (copies.in_time(lambda moved: _is_there(found)) if copies else found.exists()):
             return ROOT / "assets" / "sample.zip"
     return found if found.is_dir() or DRIVE not in found.resolve().parents else _copy_from_drive(found)
 
@@ -269,16 +273,14 @@ def fetch(name: str | Path) -> Path:
 
 
 def drive_report(patience: float = 600) -> str:
-    """What is on Drive and what is not, for the end of a notebook. Waits for the copies under way, at most `patience` seconds
-    without progress."""
-    if not in_colab() and not _copies():
-        return "Not in Colab: what was made is in the workspace and stays there."
-    if not (copies := _copies()):
+    """What is on Drive and what is not, for the end of a notebook. Waits for the copies under way; where Drive fails, at most
+    `patience` seconds."""
+    if copies := _copies():
+        copies.wait(patience)
+        return copies.report()
+    if in_colab():
         return f"Nothing is on Google Drive: what was made is in {work_folder()} and goes with this machine. Download it."
-    while copies.wanted and time.monotonic() - copies.moved < patience:
-        time.sleep(0.2)
-        copies.say()
-    return copies.report()
+    return "Not in Colab: what was made is in the workspace and stays there."
 
 
 @functools.lru_cache(maxsize=1)
@@ -287,53 +289,75 @@ def _copies_of(local: Path, drive: Path, process: int) -> "_Copies":
 
 
 def _copies() -> "_Copies | None":
-    """What copies results to Drive, or None where the workspace is not there."""
+    """What copies results to Drive, or None where the workspace is not there. A forked process has its own: threads do not live
+    on in it."""
     return _copies_of(work_folder(), workspace(), os.getpid()) if _on_drive(workspace()) else None
 
 
 _PATIENCE, _RETRY, _BEAT = 120.0, 30.0, 60.0  # seconds: until Drive counts as hung, between tries, between signs of life
+_NOTE = "in_use.json"  # the sign of life in a run's folder on Drive
+_HUNG = "it does not answer"
+_FURTHER = "Drive holds the same run, and it is further there"
+# Of a run, opened in this order before anything is copied, and copied in the reverse order after all else: however that is cut
+# off, Drive's checkpoint has its pictures there, the table is not ahead of the checkpoint, and results come with all the rest.
+_LAST = ("results.json", "metrics.csv", "timing.csv", "checkpoint.pt")
 
 
 class _Copies:
-    """Copies on Drive of what is made on the local disk. A thread of their own makes them, so that nothing else ever waits for
-    Drive, which may fail, hang, vanish and come back.
+    """Copies on Drive of what is made on the local disk. Threads make them, so that work never waits for Drive, which may fail,
+    hang, vanish and come back.
 
-    What is there is never replaced by less: a run that is further on Drive, or of another Config, is left alone there.
+    What is there is never replaced by less: a run that is further on Drive, of another Config, or in another machine's hands is
+    left alone there.
     """
 
     def __init__(self, local: Path, drive: Path):
         self.local, self.drive = local, drive
+        self.top = DRIVE / drive.relative_to(DRIVE).parts[0]  # there as long as Drive is mounted
         self.wanted: dict[str, int] = {}  # names in both folders that are to be copied; how often that was asked
-        self.copied: dict[str, tuple] = {}  # what is on Drive: file -> time and size of the local one
+        self.copied: dict[str, tuple | None] = {}  # file on Drive -> stamp of the local one; None: to be looked at again
         self.refused: dict[str, str] = {}  # runs that are not copied, and why
-        self.moved = self._read = time.monotonic()  # when a copy last went on, and something read from Drive
+        self._told: dict[str, str] = {}  # what has been printed of that
         self.trouble, self._said = "", ""
-        self._compared, self._running = set(), set()  # runs that Drive was asked about; runs under way
-        self._wake, self._thread, self._patience = threading.Condition(), None, _PATIENCE
+        self._running: set[str] = set()
+        self._signed: dict[str, float] = {}  # runs that have this machine's note, and when it was written
+        self._ours: set[str] = set()  # runs of which Drive holds nothing further, unless another machine was at them since
         machine = local / ".machine"
         if not machine.exists():
             machine.write_text(uuid.uuid4().hex)
         self._machine = machine.read_text()
+        self._wake = threading.Condition()
+        threading.Thread(target=self._work, daemon=True).start()
+        # A process that ends with its run waits for the copies, also where it was forked, which atexit does not know.
+        multiprocessing.util.Finalize(None, self.wait, args=(_PATIENCE,), exitpriority=0)
 
     # ----- asked for by the notebook
 
     def put(self, name: str) -> None:
         with self._wake:
             self.wanted[name] = self.wanted.get(name, 0) + 1
-            if self._thread is None:
-                self._start()
             self._wake.notify()
         self.say()
 
     def begin(self, name: str) -> None:
         """Before a run: brings it from Drive where it is further there. Raises RuntimeError where another machine is at it."""
-        if not self.trouble:
+        until = time.monotonic() + (0 if self.trouble else _PATIENCE)
+        while self.trouble != _HUNG:
             try:
                 self._wait_for_others(name)
-                if self.in_time(self._compare, name):
+                if self.in_time(self._compare, name) == _FURTHER:
                     self.bring(name)
-            except (OSError, ValueError) as error:
+                    self._ours.add(name)
+                break
+            except OSError as error:
                 self.trouble = _reason(error)
+            self.say()
+            if (self.local / name).exists() or time.monotonic() > until:
+                break
+            time.sleep(_RETRY)  # rather than train anew what Drive may hold
+        if name in self._ours:  # before the threads come to it, lest another machine begins too
+            with contextlib.suppress(OSError):
+                self.in_time(self._sign, name)
         with self._wake:
             self._running.add(name)
         self.put(name)
@@ -344,24 +368,33 @@ class _Copies:
         self.put(name)
 
     def say(self) -> None:
-        """Prints a line when Drive begins to fail and when it answers again. A thread that hangs is left behind."""
-        with self._wake:
-            if self.wanted and not self.trouble and time.monotonic() - self.moved > self._patience:
-                self.trouble = "it does not answer"
-            if self.wanted and time.monotonic() - self.moved > self._patience:
-                self._patience *= 2
-                self._start()
-            trouble = self.trouble
+        """Prints a line when Drive begins to fail, when it answers again, and for a run that is not copied."""
+        trouble = self.trouble
         if trouble and not self._said:
             tqdm.write(f"Google Drive fails ({trouble}). Work goes on; what is missing there is copied once it answers.")
         elif self._said and not trouble:
             tqdm.write("Google Drive answers again.")
         self._said = trouble
+        for name, why in self.refused.copy().items():
+            if self._told.get(name) != why:
+                tqdm.write(f"{name} is not copied to Google Drive: {why}.")
+                self._told[name] = why
+
+    def wait(self, patience: float) -> None:
+        """Until all is copied; where Drive fails, at most so many seconds."""
+        until = time.monotonic() + patience
+        while self.wanted and time.monotonic() < until:
+            time.sleep(0.1)
+            self.say()
+            if not self.trouble:
+                until = time.monotonic() + patience
+        self.say()
 
     def report(self) -> str:
         """What is on Drive and what is not."""
-        sentences = [f"On Google Drive, in {self.drive}: {len(self.copied)} files, each read back and compared."]
-        sentences += [f"Not there: {name}, as {why}. It is in {self.local}." for name, why in self.refused.items()]
+        there = sum(stamp is not None for stamp in self.copied.copy().values())
+        sentences = [f"On Google Drive, in {self.drive}: {there} files, each read back and compared."]
+        sentences += [f"Not there: {name}, as {why}. It is in {self.local}." for name, why in self.refused.copy().items()]
         if self.wanted:
             missing, why = ", ".join(self.wanted), self.trouble or "there was no time yet"
             sentences.append(f"Not there, or not as it is here: {missing} ({why}). It is in {self.local}; download it.")
@@ -369,186 +402,240 @@ class _Copies:
         return "\n".join(sentences)
 
     def bring(self, name: str) -> None:
-        """Puts a file or folder of Drive in the place of the local one. Raises OSError."""
-        got = self.in_time(self._download, name)
-        if got is not None:
-            target = self.local / name
-            shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(got, target)
-            self.copied |= {file: _stamp(path) for file, path in self._files(name).items()}
+        """Puts a file or folder of Drive in the place of the local one, once all of it is here. Raises OSError."""
+        with tempfile.TemporaryDirectory(dir=self.local, prefix=".", ignore_cleanup_errors=True) as folder:
+            got, target = Path(folder) / "got", self.local / name
+            self.in_time(self._download, name, got)
+            if got.exists():
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(got, target)
 
-    def in_time(self, function: Callable, *values: object) -> object:
-        """function(*values), by a thread that is left behind when Drive does not go on: then this raises TimeoutError."""
-        outcome, self._read = queue.SimpleQueue(), time.monotonic()
+    def in_time(self, function: Callable, *values: object, patience: float | None = None) -> object:
+        """function(moved, *values), in a thread. When that has not called moved() for too long it is left behind: this raises
+        TimeoutError, and so does moved(), should the thread go on after all. Whatever else fails is an OSError."""
+        outcome, moved_at, left = queue.SimpleQueue(), [time.monotonic()], threading.Event()
+
+        def moved() -> None:
+            if left.is_set():
+                raise TimeoutError
+            moved_at[0] = time.monotonic()
 
         def work() -> None:
             try:
-                outcome.put((function(*values), None))
+                if not _is_there(self.top):  # to write there would fill the folder that Drive is mounted on
+                    raise OSError(errno.ENOTCONN, "it is not mounted")
+                outcome.put((function(moved, *values), None))
             except Exception as error:
-                outcome.put((None, error))
+                outcome.put((None, error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")))
 
         threading.Thread(target=work, daemon=True).start()
-        while time.monotonic() - self._read < _PATIENCE:
-            with contextlib.suppress(queue.Empty):
-                value, error = outcome.get(timeout=min(1.0, _PATIENCE))
-                if error is not None:
-                    raise error
-                return value
-        raise TimeoutError("it does not answer")
+        try:
+            while time.monotonic() - moved_at[0] < (patience or _PATIENCE):
+                with contextlib.suppress(queue.Empty):
+                    value, error = outcome.get(timeout=min(1.0, _PATIENCE))
+                    if error is not None:
+                        raise error
+                    return value
+        finally:
+            left.set()
+        raise TimeoutError(_HUNG)
 
-    def _download(self, name: str) -> Path | None:
-        """A local copy of a file or folder of Drive; pictures, packed there, are a folder again. None: nothing is there."""
-        source, target = self.drive / name, cache_folder() / "from_drive" / uuid.uuid4().hex / Path(name).name
-        files = [source] if source.is_file() else [file for file in sorted(source.rglob("*")) if file.is_file()]
-        files = [file for file in files if file.name != _NOTE and file.suffix != ".part"]
+    def _download(self, moved: Callable[[], None], name: str, target: Path) -> None:
+        """Copies a file or folder of Drive, if it is there; pictures, packed there, are a folder again."""
+        source = self.drive / name
+        if not _is_there(source):
+            return
+        walk = os.walk(source, onerror=_raise)
+        files = [source] if source.is_file() else [Path(folder, file) for folder, _, names in walk for file in names]
         for file in files:
+            if file.name == _NOTE or file.suffix == ".part":
+                continue
             place = target / file.relative_to(source)  # of a file alone it is the target
             place.parent.mkdir(parents=True, exist_ok=True)
             if re.fullmatch(r"epoch_\d+\.zip", file.name):
-                _unpack(file.read_bytes(), place.with_suffix(""))
+                place = place.with_suffix("")
+                _unpack(file.read_bytes(), place)
             else:
                 with open(file, "rb") as there, open(place, "wb") as here:
-                    while block := there.read(2**22):
-                        here.write(block)
-                        self._read = time.monotonic()
-            os.utime(place.with_suffix("") if not place.exists() else place, ns=(file.stat().st_mtime_ns,) * 2)
-        return target if files else None
+                    _transfer(there, here, moved)
+            os.utime(place, ns=(file.stat().st_mtime_ns,) * 2)  # by which it is known not to be copied back
+            moved()
 
     def _wait_for_others(self, name: str) -> None:
         """Raises RuntimeError where another machine that was at the run a moment ago gives a sign of life."""
-        note = self.in_time(self._note, name)
-        wait = note["time"] + 2.5 * _BEAT - time.time() if note else 0.0
-        if wait > 0:
-            print(f"{name}: another machine was at this run a moment ago. Waits {wait:.0f} seconds for a sign of it.")
-        until = time.monotonic() + wait
-        while time.monotonic() < until:
-            time.sleep(min(5.0, _BEAT / 4))
-            now = self.in_time(self._note, name)
-            if now and now != note:
+        if not (note := self.in_time(self._others_note, name)):
+            return
+        print(f"{name}: another machine was at this run a moment ago. Waits up to {2.5 * _BEAT:.0f} seconds for a sign of it.")
+        until = time.monotonic() + 2.5 * _BEAT
+        while time.monotonic() < until and (now := self.in_time(self._others_note, name)):
+            if now != note:
                 raise RuntimeError(f"Another machine is at the run {name!r}. Wait for it, or take another name.")
+            time.sleep(min(5.0, _BEAT / 4))
 
-    # ----- done by the thread
-
-    def _start(self) -> None:
-        self.moved = time.monotonic()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-
-    def _still(self) -> None:
-        """Notes progress. Ends a thread that has been left behind and now goes on after all."""
-        if threading.current_thread() is not self._thread:
-            raise SystemExit
-        self.moved = time.monotonic()
+    # ----- done by the threads
 
     def _work(self) -> None:
+        """Copies what is wanted, and looks after the runs under way at every beat. It never waits for Drive itself."""
+        hung = 0  # tries in a row; each leaves a thread behind, so they become rarer
         while True:
             with self._wake:
                 if not self.wanted:
                     self._wake.wait(_BEAT)
-                if not self.wanted:
-                    self.moved = time.monotonic()
-                asked = dict(self.wanted)
-                running = set(self._running)
+                asked = self.wanted.copy()
+                names = [*asked, *sorted(self._running - asked.keys())]
             trouble = ""
-            for name in [*asked, *sorted(running - set(asked))]:
+            for name in names:
                 try:
-                    self._copy_all(name)
-                    with self._wake:
-                        if self.wanted.get(name) == asked.get(name):
-                            self.wanted.pop(name, None)
-                except (OSError, ValueError) as error:  # the next ones may do better: a folder may be full, and Drive not
-                    trouble = _reason(error)
-                self._still()
+                    self.in_time(self._copy_all, name, patience=_PATIENCE * 2**hung)
+                except Exception as error:  # whatever it is; and the next name may do better
+                    self.trouble = trouble = _reason(error)
+                    if isinstance(error, TimeoutError):
+                        hung += 1
+                        break
+                    continue
+                with self._wake:
+                    if self.wanted.get(name) == asked.get(name):
+                        self.wanted.pop(name, None)
             with self._wake:
                 self.trouble = trouble
                 if trouble:
+                    self.copied = dict.fromkeys(self.copied)  # Drive may have lost what it had not uploaded
                     self._wake.wait(_RETRY)
                 else:
-                    self._patience = _PATIENCE
+                    hung = 0
 
-    def _copy_all(self, name: str) -> None:
+    def _copy_all(self, moved: Callable[[], None], name: str) -> None:
         """Makes a file or folder on Drive as it is here."""
-        is_run = (self.local / name / "config.json").exists()
-        if is_run and name not in self._compared and self._compare(name):
-            self.refused[name] = "Drive holds the same run, and it is further there"
-        if name in self.refused:
-            return
-        if is_run:
-            self._sign(name)
+
+        def alive() -> None:
+            moved()
+            for run, at in self._signed.copy().items():  # a long copy must not make this machine look dead
+                if time.monotonic() - at > _BEAT:
+                    self._sign(moved, run)
+
+        if (self.local / name / "config.json").exists():
+            why_not = "another machine is at it" if self._others_note(moved, name) else ""
+            if why_not := why_not or (name not in self._ours and self._compare(moved, name)):
+                self.refused[name] = why_not
+                self._signed.pop(name, None)
+                return
+            self.refused.pop(name, None)
+            if name in self._running:
+                self._sign(moved, name)
         with contextlib.ExitStack() as stack:
-            # Opened first and copied last, the checkpoint on Drive is never ahead of what belongs to it.
             opened = {}
-            with contextlib.suppress(FileNotFoundError):
-                opened[f"{name}/checkpoint.pt"] = stack.enter_context(open(self.local / name / "checkpoint.pt", "rb"))
+            for last in _LAST:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    opened[f"{name}/{last}"] = stack.enter_context(open(self.local / name / last, "rb"))
             files = self._files(name)
-            for file in sorted(files, key=lambda file: (file in opened, file.endswith("/results.json"), file)):
-                path = files[file]
+            first = [file for file in sorted(files) if file.removeprefix(f"{name}/") not in _LAST]
+            for file in [*first, *reversed(opened)]:
                 try:
-                    stamp = _stamp(path) if file not in opened else _stamp(opened[file].fileno())
-                    if self.copied.get(file, _stamp_there(self.drive / file, stamp)) == stamp:
+                    stamp = _stamp(opened[file].fileno() if file in opened else files[file])
+                    if (self.copied.get(file) or _stamp_there(self.drive / file, stamp)) == stamp:
                         self.copied[file] = stamp
                         continue
-                    packed = io.BytesIO(_pack(path)) if path.is_dir() else None
-                    source = opened.get(file) or packed or stack.enter_context(open(path, "rb"))
+                    source = opened.get(file) or _open(files[file])
                 except FileNotFoundError:  # replaced or removed meanwhile; then it has been asked for again
                     continue
-                _copy(source, self.drive / file, stamp[0], self._still)
+                with source:
+                    self._make((self.drive / file).parent)
+                    _copy(source, self.drive / file, stamp[0], alive)
+                alive()
                 self.copied[file] = stamp
-        for file in [file for file in self.copied if file.startswith(f"{name}/") and file not in files]:
-            (self.drive / file).unlink(missing_ok=True)
-            del self.copied[file]
+        there = self.drive / name
+        if f"{name}/results.json" in opened:  # run_all has deleted what a finished run can do without
+            for file in (there / "checkpoint.pt", *there.glob("images/epoch_*.zip")):
+                if (gone := file.relative_to(self.drive).as_posix()) not in files:
+                    file.unlink(missing_ok=True)
+                    self.copied.pop(gone, None)
+        if name in self._signed and name not in self._running:
+            (there / _NOTE).unlink(missing_ok=True)
+            del self._signed[name]
+            with contextlib.suppress(OSError):  # of a run that was refused, nothing else is there
+                there.rmdir()
 
     def _files(self, name: str) -> dict[str, Path]:
         """What is to be on Drive of a file or folder: name there -> file here. The pictures of an epoch go as one zip: Drive
-        fails with many small files."""
+        fails with many small files. A checkpoint's predecessor stays here; the one on Drive has been compared."""
         path = self.local / name
         if path.is_file():
             return {name: path}
         files = {}
-        for each in path.rglob("*"):
-            inside = any(re.fullmatch(r"epoch_\d+", parent.name) for parent in each.relative_to(path).parents)
-            packed = each.is_dir() and re.fullmatch(r"epoch_\d+", each.name)
-            if not inside and (packed or each.is_file()) and not each.name.endswith(".part"):
-                files[each.relative_to(self.local).as_posix() + (".zip" if packed else "")] = each
+        for folder, folders, names in os.walk(path):
+            packed = [each for each in folders if re.fullmatch(r"epoch_\d+", each)]
+            folders[:] = [each for each in folders if each not in packed and not each.endswith(".part")]
+            names = [each for each in names if not each.endswith(".part") and each != "checkpoint_before.pt"]
+            for each, ending in [(each, ".zip") for each in packed] + [(each, "") for each in names]:
+                file = Path(folder, each)
+                files[file.relative_to(self.local).as_posix() + ending] = file
         return files
+
+    def _make(self, folder: Path) -> None:
+        """Makes a folder, but nothing above Drive's own: where that is missing, Drive has vanished."""
+        parts = folder.relative_to(self.top).parts
+        for depth in range(len(parts)):
+            self.top.joinpath(*parts[: depth + 1]).mkdir(exist_ok=True)
 
     # ----- runs on Drive
 
-    def _compare(self, name: str) -> bool:
-        """Whether the run on Drive is to be brought: it is further than the one here, or there is none here. One of another
-        Config is left alone on Drive."""
-        here, there = (_progress(folder / name) for folder in (self.local, self.drive))
-        self.refused.pop(name, None)
-        self._compared.add(name)
+    def _compare(self, moved: Callable[[], None], name: str) -> str:
+        """Why the run here is not to take the place of the one on Drive. Empty where it is; then the run is ours."""
+        here, there = _progress(self.local / name), _progress(self.drive / name)
         if here and there and here[1] != there[1]:
-            self.refused[name] = "Drive holds a run of that name with another Config"
+            return "Drive holds a run of that name with another Config"
+        if there and (not here or there[0] > here[0]):
+            return _FURTHER
+        if there and there[0] == here[0] and not here[0][0] and self._further_within(moved, name):
+            return _FURTHER
+        self._ours.add(name)
+        return ""
+
+    def _further_within(self, moved: Callable[[], None], name: str) -> bool:
+        """Whether the unfinished run on Drive is further than the one here, though both are in the same epoch."""
+        here, there = (folder / name / "checkpoint.pt" for folder in (self.local, self.drive))
+        if here.exists() and _stamp_there(there, _stamp(here)):
             return False
-        return bool(there and (not here or there[0] > here[0]))
+        with tempfile.TemporaryDirectory(dir=self.local, prefix=".", ignore_cleanup_errors=True) as folder:
+            self._download(moved, f"{name}/checkpoint.pt", Path(folder) / "checkpoint.pt")
+            return _batches(Path(folder)) > _batches(here.parent)
 
-    def _note(self, name: str) -> dict:
-        """What another machine has left at a run: who it is and when it last was there."""
-        try:
+    def _others_note(self, moved: Callable[[], None], name: str) -> dict:
+        """What another machine that was at a run a moment ago has left there: who it is, and when it was."""
+        note = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):
             note = json.loads((self.drive / name / _NOTE).read_text())
-        except (FileNotFoundError, ValueError):
+        if note.get("machine") == self._machine:
             return {}
-        return note if note.get("machine") != self._machine and isinstance(note.get("time"), float) else {}
+        self._ours.discard(name)
+        return note if note and note["time"] + 2.5 * _BEAT > time.time() else {}
 
-    def _sign(self, name: str) -> None:
-        """Tells other machines that this one is at the run, or no longer."""
+    def _sign(self, moved: Callable[[], None], name: str) -> None:
+        """Tells other machines that this one is at the run."""
         note = self.drive / name / _NOTE
-        if name in self._running:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps({"machine": self._machine, "time": time.time()}))
-        else:
-            note.unlink(missing_ok=True)
-
-
-_NOTE = "in_use.json"
+        self._make(note.parent)
+        part = note.with_name(f"{_NOTE}.{self._machine[:8]}.part")
+        part.write_text(json.dumps({"machine": self._machine, "time": time.time()}))
+        os.replace(part, note)
+        self._signed[name] = time.monotonic()
 
 
 def _reason(error: Exception) -> str:
     return f"Errno {error.errno}, {error.strerror}" if getattr(error, "errno", None) else str(error)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file or folder. Raises OSError where Drive fails; Path.exists may say no then."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _stamp(file: Path | int) -> tuple[int, int]:
@@ -568,41 +655,65 @@ def _stamp_there(file: Path, stamp: tuple[int, int]) -> tuple[int, int] | None:
 
 
 def _progress(folder: Path) -> tuple[tuple, dict] | None:
-    """How far a run in a folder is, and its settings. None where there is no run."""
-    settings = _settings(folder)
-    finished = (folder / "results.json").exists()
-    return ((finished, len(_read_table(folder / "metrics.csv"))), settings) if settings else None
+    """How far a run in a folder is, and its settings. None where there is no run. Raises OSError where Drive fails."""
+    if not _is_there(folder / "config.json"):
+        return None
+    table = folder / "metrics.csv"
+    rows = len(table.read_text().splitlines()[1:]) if _is_there(table) else 0
+    return (_is_there(folder / "results.json"), rows), _settings(folder) or _raise(OSError(f"{folder} cannot be read"))
+
+
+def _batches(folder: Path) -> int:
+    """How many batches of its epoch a run's checkpoint has done; -1 where there is none that is sound."""
+    try:
+        return (_load_state(folder / "checkpoint.pt").get("within") or {"done": 0})["done"]
+    except (FileNotFoundError, ValueError):
+        return -1
+
+
+def _transfer(source: BinaryIO, target: BinaryIO | None, moved: Callable[[], None]) -> bytes:
+    """Reads all of a file, writes it to another if there is one, and gives its digest."""
+    digest = hashlib.blake2b()
+    while block := source.read(2**22):
+        if target:
+            target.write(block)
+        digest.update(block)
+        moved()
+    return digest.digest()
 
 
 def _copy(source: BinaryIO, target: Path, time_ns: int, moved: Callable[[], None]) -> None:
     """Writes a file on Drive, reads it back, and only then puts it in its place. Raises OSError."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for part in target.parent.glob(f"{target.name}.*.part"):  # of a copy that was cut off
+    for part in target.parent.glob(f"{target.name}.*.part"):  # of a copy that was cut off, or still hangs
         part.unlink(missing_ok=True)
     part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
-    digest = hashlib.blake2b()
-    with open(part, "wb") as copy:
-        while block := source.read(2**22):
-            copy.write(block)
-            digest.update(block)
-            moved()
-        copy.flush()
-        os.fsync(copy.fileno())
-    with open(part, "rb") as copy:
-        if hashlib.file_digest(copy, "blake2b").digest() != digest.digest():
-            raise OSError(errno.EIO, "what was written reads otherwise")
-    os.utime(part, ns=(time_ns, time_ns))
-    moved()
-    os.replace(part, target)
+    try:
+        with open(part, "wb") as copy:
+            written = _transfer(source, copy, moved)
+            copy.flush()
+            os.fsync(copy.fileno())
+        with open(part, "rb") as copy:
+            if _transfer(copy, None, moved) != written:
+                raise OSError(errno.EIO, "what was written reads otherwise")
+        os.utime(part, ns=(time_ns, time_ns))
+        moved()
+        os.replace(part, target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
-def _pack(folder: Path) -> bytes:
-    """The files of a folder, as a zip."""
+def _open(path: Path) -> BinaryIO:
+    """A file, to be read; of a folder, a zip of its files."""
+    if not path.is_dir():
+        return open(path, "rb")
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
-        for file in sorted(folder.iterdir()):
+        for file in sorted(path.iterdir()):
             archive.write(file, file.name)
-    return packed.getvalue()
+    packed.seek(0)
+    return packed
 
 
 def _unpack(packed: bytes, folder: Path) -> None:
