@@ -411,6 +411,13 @@ class _Copies:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(got, target)
 
+    def discard(self, name: str) -> None:
+        """Deletes a folder on Drive. Raises OSError."""
+        there = self.drive / name
+        self.in_time(lambda moved: shutil.rmtree(there) if _is_there(there) else None)
+        for file in [file for file in self.copied if file.startswith(f"{name}/")]:
+            del self.copied[file]
+
     def in_time(self, function: Callable, *values: object, patience: float | None = None) -> object:
         """function(moved, *values), in a thread. When that has not called moved() for too long it is left behind: this raises
         TimeoutError, and so does moved(), should the thread go on after all. Whatever else fails is an OSError."""
@@ -621,10 +628,6 @@ class _Copies:
         self._signed[name] = time.monotonic()
 
 
-def _reason(error: Exception) -> str:
-    return f"Errno {error.errno}, {error.strerror}" if getattr(error, "errno", None) else str(error)
-
-
 def _raise(error: OSError) -> None:
     raise error
 
@@ -656,11 +659,12 @@ def _stamp_there(file: Path, stamp: tuple[int, int]) -> tuple[int, int] | None:
 
 def _progress(folder: Path) -> tuple[tuple, dict] | None:
     """How far a run in a folder is, and its settings. None where there is no run. Raises OSError where Drive fails."""
-    if not _is_there(folder / "config.json"):
+    settings = _settings(folder)
+    if settings is None:
         return None
     table = folder / "metrics.csv"
     rows = len(table.read_text().splitlines()[1:]) if _is_there(table) else 0
-    return (_is_there(folder / "results.json"), rows), _settings(folder) or _raise(OSError(f"{folder} cannot be read"))
+    return (_is_there(folder / "results.json"), rows), settings
 
 
 def _batches(folder: Path) -> int:
@@ -1222,7 +1226,9 @@ def _reason(error: Exception) -> str:
         return f"it is none of {', '.join(_FORMATS)}"
     if isinstance(error, struct.error) and "unpack" in str(error):
         return "its headers contradict each other"
-    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+    if getattr(error, "errno", None):
+        return f"Errno {error.errno}, {error.strerror}"
+    return " ".join((str(error) or type(error).__name__).split())
 
 
 def _some(names: Collection[str]) -> str:
@@ -2741,7 +2747,7 @@ def _refuse_another(config: Config, folder: Path, settings: dict) -> None:
 def _settings(folder: Path) -> dict | None:
     """What decides the result of the run in a folder, with the defaults of what its config.json does not name. None where there
     is no run."""
-    if not (folder / "config.json").exists():
+    if not _is_there(folder / "config.json"):
         return None
     try:
         settings = dataclasses.asdict(Config("any")) | json.loads((folder / "config.json").read_text())
@@ -2755,9 +2761,8 @@ def _alone(name: str) -> Iterator[None]:
     """Keeps all others away from a run, on this machine by a lock that goes with the process, on Drive by a note. Brings from
     Drive what is further there. Raises RuntimeError where another is at it."""
     folder = work_folder() / name
-    locks = cache_folder() / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(locks / hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest(), timeout=0)
+    key = hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()
+    lock = filelock.FileLock(Path(tempfile.gettempdir(), f"mask-and-depth-{key}.lock"), timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -3012,7 +3017,7 @@ class _Training:
             self._stop(what, batches[k])
 
     def _check_weights(self, samples: np.ndarray, batch: int) -> None:
-        """Stops where a weight is not finite, before a checkpoint has it. To look after each step would cost a twentieth of it."""
+        """Stops where a weight is not finite, before a checkpoint has it. After each step it would cost a twentieth of that."""
         weights = [*self.model.state_dict().values(), *self.loss.state_dict().values()]
         if not all(tensor.isfinite().all() for tensor in weights):
             self._stop(f"a weight is not finite after batch {batch} of epoch {len(self.history) + 1}", samples)
@@ -3145,7 +3150,7 @@ def discard(name: str) -> None:
     """Deletes a run, or another folder of the workspace, and its copy on Drive. Raises OSError where Drive does not answer."""
     shutil.rmtree(work_folder() / name, ignore_errors=True)
     if copies := _copies():
-        copies.in_time(functools.partial(shutil.rmtree, ignore_errors=True), workspace() / name)
+        copies.discard(name)
 
 
 def _read_table(path: Path) -> list[dict[str, float]]:

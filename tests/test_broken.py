@@ -388,7 +388,7 @@ def test_a_file_of_a_folder_that_is_gone_is_named(write_zip, tmp_path):
     folder = unpacked(tmp_path / "a.zip")
     ds = ZipDataset(folder)
     (folder / NAMES["mask"]).unlink()
-    with pytest.raises(ValueError, match=rf"{NAMES['mask']} cannot be read \(No such file"):
+    with pytest.raises(ValueError, match=rf"{NAMES['mask']} cannot be read \(Errno 2, No such file"):
         ds.batch(range(24))
 
 
@@ -506,7 +506,9 @@ def test_a_drive_that_fails_is_told_of(write_zip, tmp_path, monkeypatch):
         return pread(file, size, offset)
 
     monkeypatch.setattr(os, "pread", failing)
-    with pytest.raises(ValueError, match=rf"a\.zip: {NAMES['mask']} cannot be read \(Input/output error\)\. Copy it anew\."):
+    with pytest.raises(
+        ValueError, match=rf"a\.zip: {NAMES['mask']} cannot be read \(Errno 5, Input/output error\)\. Copy it anew\."
+    ):
         ds.batch(range(24))
     assert_same(ds, made, 0)
 

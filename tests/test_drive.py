@@ -27,10 +27,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for when this file is run by itself, below
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from test_runs import SlowTiny, Tiny, assert_same_run, checkpoint, renamed
+from test_runs import Tiny, assert_same_run, checkpoint, renamed
 
 import helpers
 from helpers import MODELS, Config, drive_report, fetch, keep, run, run_all
+
+
+class SlowTiny(Tiny):
+    """The same, and time enough to be killed in the midst of an epoch."""
+
+    def forward(self, bg, fg_bg):
+        time.sleep(0.2 if self.training else 0)
+        return super().forward(bg, fg_bg)
+
 
 PROJECT = Path("MyDrive") / "mask-and-depth"
 FAILS, ANSWERS = "Google Drive fails", "Google Drive answers again"
@@ -556,6 +565,16 @@ def test_a_checkpoints_predecessor_stays_here(local, drive, config):
     drive_report()
     here, there = files(local / "first").keys(), files(drive / PROJECT / "first").keys()
     assert here - there == {"checkpoint_before.pt"} and not there - here
+
+
+def test_a_discarded_run_goes_from_drive_too_and_is_trained_anew(local, drive, config):
+    run(config, quiet=True)
+    until(lambda: not helpers._copies().wanted)
+    helpers.discard(config.name)
+    assert not (local / config.name).exists() and not list(drive.rglob("best.pt"))
+    assert len(run(config, stop_after=1, quiet=True).history) == 1
+    until(lambda: not helpers._copies().wanted)
+    assert [path.name for path in drive.rglob("epoch_*")] == ["epoch_001.zip"]
 
 
 def test_a_folder_that_is_lost_here_is_not_deleted_there(local, drive, config):

@@ -195,6 +195,19 @@ def test_cells_may_be_run_twice_and_in_another_order(name):
     assert before == after and ("best.pt" in before or name[:2] in ("00", "01", "02"))
 
 
+def test_every_promise_in_the_readme_names_tests_that_exist():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    promises = readme.partition("## What survives what")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in promises.splitlines() if line.startswith("| ")][1:]
+    there = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    tests, files = re.findall(r"^def (test_\w+)", there, re.M), {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    assert len(rows) > 15
+    for _, _, shown_by in rows:
+        named = re.findall(r"`(\w+)`", shown_by)
+        assert named or "](tests/test_" in shown_by
+        assert [name for name in named if name not in files and not any(name in test for test in tests)] == []
+
+
 @pytest.mark.parametrize(
     "value",
     [
