@@ -233,7 +233,8 @@ def _replacing(path: Path, before: Path | None = None) -> Iterator[Path]:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} could not be written ({error.strerror}). What was there before is whole") from error
+        what = f"{path} could not be made ({_reason(error)}). Make room, or try again; what was there before is whole."
+        raise OSError(what) from error
     if before is not None and path.exists():
         os.replace(path, before)
     os.replace(part, path)

@@ -550,7 +550,7 @@ def test_a_disk_that_is_full_is_said_and_the_checkpoint_before_is_whole(config, 
 
     assert forked(life) == 0
     said = os.read(told, 10_000).decode()
-    wrong = r"ValueError: .*{}.part is damaged" if full == "read" else r"OSError: .*{} could not be written .* is whole"
+    wrong = r"ValueError: .*{}.part is damaged" if full == "read" else r"OSError: .*{} could not be made .* is whole"
     assert re.match(wrong.format(rf"{place}/(best|checkpoint)\.pt"), said) and "\n" not in said
     assert {path.name: path.read_bytes() for path in place.glob("*.pt*") if path.suffix == ".pt"} == before
     assert full == "read" or not list(place.glob("*.part"))
