@@ -27,7 +27,6 @@ import os
 import pickle
 import pickletools
 import platform
-import queue
 import random
 import re
 import shutil
@@ -43,7 +42,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -186,13 +185,9 @@ def _copy_from_drive(path: Path) -> Path:
     with _replacing(local) as part:
         about = {"desc": f"copying {path.name}", "unit": "B", "unit_scale": True, "leave": False, "file": sys.stdout}
         with open(path, "rb") as source, open(part, "wb") as copy, tqdm(total=there.st_size, **about) as bar:
-            digest = hashlib.blake2b()
-            while block := source.read(2**24):
-                copy.write(block)
-                digest.update(block)
-                bar.update(len(block))
+            written = _transfer(source, copy, lambda: bar.update(copy.tell() - bar.n))
         with open(part, "rb") as copy:
-            if hashlib.file_digest(copy, "blake2b").digest() != digest.digest() or part.stat().st_size != there.st_size:
+            if hashlib.file_digest(copy, "blake2b").digest() != written or part.stat().st_size != there.st_size:
                 raise OSError(f"{local} is not what Drive holds in {path}. Run this again to copy it anew.")
         os.utime(part, (there.st_atime, there.st_mtime))
     return local
@@ -421,29 +416,28 @@ class _Copies:
     def in_time(self, function: Callable, *values: object, patience: float | None = None) -> object:
         """function(moved, *values), in a thread. When that has not called moved() for too long it is left behind: this raises
         TimeoutError, and so does moved(), should the thread go on after all. Whatever else fails is an OSError."""
-        outcome, moved_at, left = queue.SimpleQueue(), [time.monotonic()], threading.Event()
+        outcome, moved_at, left = Future(), time.monotonic(), threading.Event()
 
         def moved() -> None:
+            nonlocal moved_at
             if left.is_set():
                 raise TimeoutError
-            moved_at[0] = time.monotonic()
+            moved_at = time.monotonic()
 
         def work() -> None:
             try:
                 if not _is_there(self.top):  # to write there would fill the folder that Drive is mounted on
                     raise OSError(errno.ENOTCONN, "it is not mounted")
-                outcome.put((function(moved, *values), None))
+                outcome.set_result(function(moved, *values))
             except Exception as error:
-                outcome.put((None, error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")))
+                known = isinstance(error, OSError)
+                outcome.set_exception(error if known else OSError(f"{type(error).__name__}: {error}"))
 
         threading.Thread(target=work, daemon=True).start()
         try:
-            while time.monotonic() - moved_at[0] < (patience or _PATIENCE):
-                with contextlib.suppress(queue.Empty):
-                    value, error = outcome.get(timeout=min(1.0, _PATIENCE))
-                    if error is not None:
-                        raise error
-                    return value
+            while time.monotonic() - moved_at < (patience or _PATIENCE):
+                if wait([outcome], timeout=min(1.0, _PATIENCE)).done:
+                    return outcome.result()
         finally:
             left.set()
         raise TimeoutError(_HUNG)
@@ -462,7 +456,9 @@ class _Copies:
             place.parent.mkdir(parents=True, exist_ok=True)
             if re.fullmatch(r"epoch_\d+\.zip", file.name):
                 place = place.with_suffix("")
-                _unpack(file.read_bytes(), place)
+                place.mkdir()
+                with zipfile.ZipFile(io.BytesIO(file.read_bytes())) as packed:
+                    packed.extractall(place)  # a name that leads elsewhere stays within
             else:
                 with open(file, "rb") as there, open(place, "wb") as here:
                     _transfer(there, here, moved)
@@ -718,14 +714,6 @@ def _open(path: Path) -> BinaryIO:
             archive.write(file, file.name)
     packed.seek(0)
     return packed
-
-
-def _unpack(packed: bytes, folder: Path) -> None:
-    """The files of such a zip, in a folder; of a name that leads elsewhere, its last part."""
-    folder.mkdir(parents=True)
-    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
-        for name in archive.namelist():
-            (folder / Path(name).name).write_bytes(archive.read(name))
 
 
 # ---------- Data: a zip in memory -------------------------------------------------------------------------------------
