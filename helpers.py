@@ -721,7 +721,6 @@ def _open(path: Path) -> BinaryIO:
 KINDS = ("bg", "fg_bg", "mask", "depth")
 CHANNELS = {"bg": 3, "fg_bg": 3, "mask": 1, "depth": 1}
 
-
 # How the published data sets name their pictures, in the order of KINDS, # being a number; a leading folder may wrap it all,
 # and .jpg, .jpeg or .png follows. What the numbers stand for is in `_ids`. In roshantac a table says what belongs together.
 LAYOUTS = {
@@ -795,8 +794,7 @@ class ZipDataset(torch.utils.data.Dataset):
         self.size, self.depth_near, self._wanted = size, depth_near, cache
         found = _Defects(Path(path), collect=defects == "leave_out")
         names, rows = self._find(layout, found)
-        unused = _unused(names, rows)
-        if unused:
+        if unused := _unused(names, rows):
             warnings.warn(f"{path}: {len(unused)} pictures belong to no sample, {unused[0]} the first of them.", stacklevel=2)
         if defects == "leave_out":
             self._scan(names, rows, found)
@@ -835,8 +833,7 @@ class ZipDataset(torch.utils.data.Dataset):
             kinds[column[column >= 0]] = kind
         sizes, empty = {kind: collections.Counter() for kind in KINDS}, 0
         todo = np.array([file for file in range(len(names)) if file not in defects.files], int)
-        about = {"desc": f"checking {self._root.name}", "unit": " files", "leave": False, "file": sys.stdout}
-        with tqdm(total=len(todo), **about) as bar:
+        with tqdm(total=len(todo), desc=f"checking {self._root.name}", unit=" files", leave=False, file=sys.stdout) as bar:
             shares = np.array_split(todo, -(-len(todo) // 64) or 1)
             for found in _decoders(os.getpid(), _decoding_threads()).map(functools.partial(self._inspect, kinds), shares):
                 for file, wrong, shape, shows in found:
@@ -882,15 +879,13 @@ class ZipDataset(torch.utils.data.Dataset):
 
     def _choose(self, rows: np.ndarray) -> None:
         """Makes these the samples, rows (samples, 4) of the bg, fg_bg, mask and depth files."""
-        pairs = [np.unique(rows[:, k], return_inverse=True) for k in range(len(KINDS))]
-        self._file = {kind: files.astype(np.int32) for kind, (files, _) in zip(KINDS, pairs, strict=True)}
-        self._slot = {kind: slots.astype(np.int32) for kind, (_, slots) in zip(KINDS, pairs, strict=True)}
+        self._file, self._slot = {}, {}
+        for kind, column in zip(KINDS, rows.T.astype(np.int32), strict=True):
+            self._file[kind], slots = np.unique(column, return_inverse=True)
+            self._slot[kind] = slots.astype(np.int32)
         self._cache = None
         if not torch.cuda.is_available():  # at once, for worker processes to share it; on a GPU when first used
             self._plan_cache()
-
-    def _rows(self, indices: np.ndarray) -> np.ndarray:
-        return np.stack([self._file[kind][self._slot[kind][indices]] for kind in KINDS], 1)
 
     def subset(self, n: int, seed: int = 0) -> "ZipDataset":
         """The data set cut to n samples, spread evenly over the backgrounds and, on each, over the objects (report 4 took
@@ -913,10 +908,9 @@ class ZipDataset(torch.utils.data.Dataset):
                     if not samples[f]:
                         del samples[f]
         taken = np.sort(taken)
-        part = object.__new__(ZipDataset)
-        part.__dict__.update(self.__dict__)
+        part = copy.copy(self)
         part.bg_id, part.fg_id = self.bg_id[taken], self.fg_id[taken]
-        part._choose(self._rows(taken))
+        part._choose(np.stack([self._file[kind][self._slot[kind][taken]] for kind in KINDS], 1))
         return part
 
     def __len__(self) -> int:
@@ -978,9 +972,8 @@ class ZipDataset(torch.utils.data.Dataset):
                 content.update(self._file[kind].tobytes())
             if not self._zips:  # files of the same size may differ; these are the times when they were written
                 content.update(self._files["offset"].tobytes())
-            wanted = self._wanted
-            if in_worker and wanted != "disk":
-                wanted = "none"  # what a worker process keeps for itself, the others would decode and keep once more
+            # What a worker process keeps for itself, the others would decode and keep once more.
+            wanted = "none" if in_worker and self._wanted != "disk" else self._wanted
             versions = f"simplejpeg {simplejpeg.__version__} Pillow {PIL.__version__} torch {torch.__version__}"
             key = f"{content.hexdigest()} {self.size} {self.depth_near} {versions}"
             self._cache = _Cache(wanted, {kind: len(self._file[kind]) for kind in KINDS}, self.size, key)
@@ -1281,10 +1274,9 @@ class _Cache:
         start = f"{round(psutil.boot_time(), -2):.0f}"
         self._file = cache_folder() / f"{start}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pictures"
         # Each of the machine's processes keeps its own in memory.
-        free = {"memory": _free_memory() // _processes_here(), "disk": _free_disk(cache_folder())}
+        self._free = {"memory": _free_memory() // _processes_here(), "disk": _free_disk(cache_folder())}
         if torch.cuda.is_available() and torch.utils.data.get_worker_info() is None:
-            free = {"gpu": torch.cuda.mem_get_info()[0]} | free
-        self._free = free
+            self._free = {"gpu": torch.cuda.mem_get_info()[0]} | self._free
         needed, first = _bytes_of(self._shapes), 0 if wanted == "auto" else CACHES.index(wanted)
         self._places = [place for place in CACHES[first:-1] if needed < _MAX_SHARE[place] * self._free.get(place, 0)]
         if "disk" not in self._places and "disk" in CACHES[first:] and self._file.exists():
