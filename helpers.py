@@ -2448,12 +2448,7 @@ def _open_zip(path: Path, size: int, depth_near: str, subset: int, cache: str, d
 
 
 def open_zip(
-    path: str | Path,
-    size: int = 64,
-    depth_near: str = "dark",
-    subset: int = 0,
-    cache: str = "auto",
-    defects: str = "stop",
+    path: str | Path, size: int = 64, depth_near: str = "dark", subset: int = 0, cache: str = "auto", defects: str = "stop"
 ) -> ZipDataset:
     """The data set, or at most `subset` samples of it, opened once, so that the runs of one notebook share the pictures that
     are decoded already. The rest is as ZipDataset means it."""
@@ -2550,9 +2545,7 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
+        return _AllReduce.apply(grad)
 
 
 class SyncBatchNormCPU(nn.BatchNorm2d):
@@ -2618,12 +2611,11 @@ def evaluate(
 
 def _means(values: dict[str, np.ndarray]) -> dict[str, float]:
     """Means over the samples. Of the ratios of depths those samples are left out in which no pixel counts (NaN)."""
-
-    def mean(name: str, of: np.ndarray) -> float:
+    means = {}
+    for name, of in values.items():
         ratio = name.startswith(("abs_rel", "log10", "delta")) and np.isfinite(of).any()
-        return float(np.nanmean(of) if ratio else np.mean(of))
-
-    return {name: mean(name, of) for name, of in values.items()}
+        means[name] = float(np.nanmean(of) if ratio else np.mean(of))
+    return means
 
 
 def score(model: nn.Module, ds: ZipDataset, parts: dict[str, np.ndarray], precision: str = "auto") -> Results:
@@ -2687,7 +2679,6 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
         settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint}
         _refuse_another(config, folder, settings)
         if (folder / "results.json").exists():
-            finished = read_run(folder)
             if not quiet:
                 print(f"{config.name}: finished before, read from its folder")
         else:
@@ -2708,7 +2699,7 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
                 if len(training.history) == config.epochs:
                     training.finish()
                 _wait_for_all()
-            finished = read_run(folder)
+        finished = read_run(folder)
         if process == 0 and finished.results and (said := _collapse(finished)):
             tqdm.write(f"{config.name}: {said}")
     return finished
@@ -2716,9 +2707,8 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
 
 def _refuse_another(config: Config, folder: Path, settings: dict) -> None:
     """Raises ValueError where the folder holds a run of other settings. Data are known by their content, not by their path."""
-    theirs = _settings(folder)
-    keys = [key for key in theirs or () if settings.get(key) != theirs[key]]
-    changes = [f"{key} was {theirs[key]!r} and is {settings.get(key)!r}" for key in keys]
+    theirs = _settings(folder) or {}
+    changes = [f"{key} was {was!r} and is {settings.get(key)!r}" for key, was in theirs.items() if settings.get(key) != was]
     if changes:
         remedy = f"Take another name, or remove it with discard({config.name!r})."
         raise ValueError(f"The run {config.name!r} exists, but {', '.join(changes)}. {remedy}")
@@ -2800,7 +2790,9 @@ class _Training:
         # Learned weights change from epoch to epoch; epochs are compared by weights that do not.
         fixed_weight = 1.0 if config.depth_weight == "learned" else config.depth_weight
         self.valid_loss = task_loss(config.mask_loss, config.depth_loss, fixed_weight)
-        self.watched = _watched(parts)
+        # Pictures are kept of the same few samples of the training and of the hardest test part, in every epoch.
+        kept_parts = ("train", hardest_part([part for part, indices in parts.items() if len(indices)]))
+        self.watched = {part: parts[part][np.linspace(0, len(parts[part]) - 1, 4).astype(int)] for part in kept_parts}
         self.history, self.seconds, self.best = [], [], {}
         self.sound = True  # whether checkpoint.pt, if it is there, can be read
         self.within = None  # what the last checkpoint says about the epoch that it was written in
@@ -2916,9 +2908,8 @@ class _Training:
         self.step.train()
         if within is None:
             _seed(config.seed * 1_000_003 + epoch)
-            order = indices[torch.randperm(len(indices)).numpy()]
-            within = {"order": torch.from_numpy(order), "done": 0, "shares": [], "seconds": 0.0}
-            within["lr"] = optimizer.param_groups[0]["lr"]
+            order, lr = indices[torch.randperm(len(indices)).numpy()], optimizer.param_groups[0]["lr"]
+            within = {"order": torch.from_numpy(order), "lr": lr, "done": 0, "shares": [], "seconds": 0.0}
         else:
             order = within["order"].numpy()
             _set_random_states(within["shares"][process % len(within["shares"])]["random"])
@@ -3092,23 +3083,22 @@ def _wait_for_all() -> None:
 def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
     """`run` for lists of Configs, such as one for each seed, with one progress bar over them all. Of a finished run the
     checkpoint is deleted, and the pictures of all epochs but the last: those of a long list would fill a Drive."""
-    todo = sum(map(len, configs.values()))
     process = int(os.environ.get("RANK", 0))
     show = {"disable": True} if process > 0 else {}
-    with tqdm(total=todo, unit=" runs", leave=False, file=sys.stdout, **show) as bar:
-
-        def quietly(config: Config) -> Run:
-            bar.set_postfix_str(config.name)
-            done = run(config, quiet=True)
-            if process == 0:
-                (done.folder / "checkpoint.pt").unlink(missing_ok=True)
-                for epoch in sorted((done.folder / "images").glob("epoch_*"))[:-1]:
-                    shutil.rmtree(epoch)
-                keep(done.folder)
-            bar.update()
-            return done
-
-        return {label: list(map(quietly, several)) for label, several in configs.items()}
+    runs = {label: [] for label in configs}
+    with tqdm(total=sum(map(len, configs.values())), unit=" runs", leave=False, file=sys.stdout, **show) as bar:
+        for label, several in configs.items():
+            for config in several:
+                bar.set_postfix_str(config.name)
+                done = run(config, quiet=True)
+                if process == 0:
+                    (done.folder / "checkpoint.pt").unlink(missing_ok=True)
+                    for epoch in sorted((done.folder / "images").glob("epoch_*"))[:-1]:
+                        shutil.rmtree(epoch)
+                    keep(done.folder)
+                runs[label].append(done)
+                bar.update()
+    return runs
 
 
 def read_run(folder: str | Path) -> Run:
@@ -3252,13 +3242,6 @@ def _write_tables(folder: Path, history: list[dict[str, float]], seconds: list[f
             writer.writerows(rows)
 
 
-def _watched(parts: dict[str, np.ndarray], each: int = 4) -> dict[str, np.ndarray]:
-    """The samples whose pictures are kept: the same few of the training and of the hardest test part, in every epoch."""
-    test = hardest_part([part for part, indices in parts.items() if len(indices)])
-    watched = {"train": parts["train"], test: parts[test]}
-    return {part: indices[np.linspace(0, len(indices) - 1, each).astype(int)] for part, indices in watched.items()}
-
-
 # ---------- Prediction: any two photos ---------------------------------------------------------------------------------
 
 
@@ -3291,8 +3274,7 @@ def load_model(weights: str | Path) -> nn.Module:
         raise ValueError(f"{path} holds the weights of a network that is not known here. Known: {', '.join(MODELS)}.")
     if config and config.model not in fitting:
         raise ValueError(f"{path} holds the weights of {fitting[0]}, and not of {config.model}, as {beside} says.")
-    make = MODELS[config.model if config else fitting[0]]
-    model = make().to(DEVICE, memory_format=torch.channels_last)
+    model = MODELS[config.model if config else fitting[0]]().to(DEVICE, memory_format=torch.channels_last)
     model.load_state_dict(state)
     model.size = config.size if config else 192
     return model.eval()
@@ -3335,19 +3317,18 @@ def predict_images(weights: str | Path, bg: str | Path, image: str | Path, folde
         ValueError: a file is no picture or no weights; the photos differ in shape.
     """
     model, image = load_model(weights), Path(image)
-    photos = [open_photo(path) for path in (bg, image)]
-    (width, height), (bg_width, bg_height) = (photo.size for photo in reversed(photos))
+    photos = [pil_to_tensor(open_photo(path)) for path in (bg, image)]
+    (bg_height, bg_width), (height, width) = (photo.shape[1:] for photo in photos)
     if abs(bg_width * height / (bg_height * width) - 1) > 0.02:
         shapes = f"{bg} has {bg_width} x {bg_height} pixels and {image} {width} x {height}"
         raise ValueError(f"{shapes}: not the same view. Take both photos from one place, and cut them alike.")
-    mask, depth = predict(model, *(pil_to_tensor(photo)[None].float() / 255 for photo in photos))
+    mask, depth = (pictures[0].cpu() for pictures in predict(model, *(photo[None].float() / 255 for photo in photos)))
     folder = image.parent if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{image.stem}_{kind}.png" for kind in ("mask", "depth")]
     for picture, file in zip((mask, depth), files, strict=True):
-        _save_picture(picture[0].cpu(), file)
-    pictures = {"bg": photos[0], "fg_bg": photos[1], "mask": mask[0].cpu(), "depth": depth[0].cpu()}
-    return Prediction(*files, _show_four(pictures))
+        _save_picture(picture, file)
+    return Prediction(*files, _show_four(dict(zip(KINDS, (*photos, mask, depth), strict=True))))
 
 
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # of the many that Pillow knows, some start other programs
@@ -3446,13 +3427,12 @@ def show_samples(ds: ZipDataset, indices: Sequence[int]) -> plt.Figure:
     return figure
 
 
-def _show_four(pictures: dict[str, Image.Image | Tensor]) -> plt.Figure:
+def _show_four(pictures: dict[str, Tensor]) -> plt.Figure:
     """The four kinds of one sample beside each other, in the shape that they have."""
     height, width = pictures["mask"].shape[1:]
     size = (12, min(0.5 + 3 * height / width, 8))
     figure, axes = plt.subplots(1, 4, figsize=size, layout="constrained", dpi=90)
     for axis, (kind, picture) in zip(axes, pictures.items(), strict=True):
-        picture = pil_to_tensor(picture) if isinstance(picture, Image.Image) else picture
         drawn = _draw(axis, kind, picture)
         axis.set_title(TITLES.get(kind, kind), fontsize=9)
         axis.axis("off")
