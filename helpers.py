@@ -27,7 +27,6 @@ import os
 import pickle
 import pickletools
 import platform
-import queue
 import random
 import re
 import shutil
@@ -43,7 +42,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -186,13 +185,9 @@ def _copy_from_drive(path: Path) -> Path:
     with _replacing(local) as part:
         about = {"desc": f"copying {path.name}", "unit": "B", "unit_scale": True, "leave": False, "file": sys.stdout}
         with open(path, "rb") as source, open(part, "wb") as copy, tqdm(total=there.st_size, **about) as bar:
-            digest = hashlib.blake2b()
-            while block := source.read(2**24):
-                copy.write(block)
-                digest.update(block)
-                bar.update(len(block))
+            written = _transfer(source, copy, lambda: bar.update(copy.tell() - bar.n))
         with open(part, "rb") as copy:
-            if hashlib.file_digest(copy, "blake2b").digest() != digest.digest() or part.stat().st_size != there.st_size:
+            if hashlib.file_digest(copy, "blake2b").digest() != written or part.stat().st_size != there.st_size:
                 raise OSError(f"{local} is not what Drive holds in {path}. Run this again to copy it anew.")
         os.utime(part, (there.st_atime, there.st_mtime))
     return local
@@ -422,29 +417,28 @@ class _Copies:
     def in_time(self, function: Callable, *values: object, patience: float | None = None) -> object:
         """function(moved, *values), in a thread. When that has not called moved() for too long it is left behind: this raises
         TimeoutError, and so does moved(), should the thread go on after all. Whatever else fails is an OSError."""
-        outcome, moved_at, left = queue.SimpleQueue(), [time.monotonic()], threading.Event()
+        outcome, moved_at, left = Future(), time.monotonic(), threading.Event()
 
         def moved() -> None:
+            nonlocal moved_at
             if left.is_set():
                 raise TimeoutError
-            moved_at[0] = time.monotonic()
+            moved_at = time.monotonic()
 
         def work() -> None:
             try:
                 if not _is_there(self.top):  # to write there would fill the folder that Drive is mounted on
                     raise OSError(errno.ENOTCONN, "it is not mounted")
-                outcome.put((function(moved, *values), None))
+                outcome.set_result(function(moved, *values))
             except Exception as error:
-                outcome.put((None, error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")))
+                known = isinstance(error, OSError)
+                outcome.set_exception(error if known else OSError(f"{type(error).__name__}: {error}"))
 
         threading.Thread(target=work, daemon=True).start()
         try:
-            while time.monotonic() - moved_at[0] < (patience or _PATIENCE):
-                with contextlib.suppress(queue.Empty):
-                    value, error = outcome.get(timeout=min(1.0, _PATIENCE))
-                    if error is not None:
-                        raise error
-                    return value
+            while time.monotonic() - moved_at < (patience or _PATIENCE):
+                if wait([outcome], timeout=min(1.0, _PATIENCE)).done:
+                    return outcome.result()
         finally:
             left.set()
         raise TimeoutError(_HUNG)
@@ -463,7 +457,9 @@ class _Copies:
             place.parent.mkdir(parents=True, exist_ok=True)
             if re.fullmatch(r"epoch_\d+\.zip", file.name):
                 place = place.with_suffix("")
-                _unpack(file.read_bytes(), place)
+                place.mkdir()
+                with zipfile.ZipFile(io.BytesIO(file.read_bytes())) as packed:
+                    packed.extractall(place)  # a name that leads elsewhere stays within
             else:
                 with open(file, "rb") as there, open(place, "wb") as here:
                     _transfer(there, here, moved)
@@ -721,19 +717,10 @@ def _open(path: Path) -> BinaryIO:
     return packed
 
 
-def _unpack(packed: bytes, folder: Path) -> None:
-    """The files of such a zip, in a folder; of a name that leads elsewhere, its last part."""
-    folder.mkdir(parents=True)
-    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
-        for name in archive.namelist():
-            (folder / Path(name).name).write_bytes(archive.read(name))
-
-
 # ---------- Data: a zip in memory -------------------------------------------------------------------------------------
 
 KINDS = ("bg", "fg_bg", "mask", "depth")
 CHANNELS = {"bg": 3, "fg_bg": 3, "mask": 1, "depth": 1}
-
 
 # How the published data sets name their pictures, in the order of KINDS, # being a number; a leading folder may wrap it all,
 # and .jpg, .jpeg or .png follows. What the numbers stand for is in `_ids`. In roshantac a table says what belongs together.
@@ -808,8 +795,7 @@ class ZipDataset(torch.utils.data.Dataset):
         self.size, self.depth_near, self._wanted = size, depth_near, cache
         found = _Defects(Path(path), collect=defects == "leave_out")
         names, rows = self._find(layout, found)
-        unused = _unused(names, rows)
-        if unused:
+        if unused := _unused(names, rows):
             warnings.warn(f"{path}: {len(unused)} pictures belong to no sample, {unused[0]} the first of them.", stacklevel=2)
         if defects == "leave_out":
             self._scan(names, rows, found)
@@ -848,8 +834,7 @@ class ZipDataset(torch.utils.data.Dataset):
             kinds[column[column >= 0]] = kind
         sizes, empty = {kind: collections.Counter() for kind in KINDS}, 0
         todo = np.array([file for file in range(len(names)) if file not in defects.files], int)
-        about = {"desc": f"checking {self._root.name}", "unit": " files", "leave": False, "file": sys.stdout}
-        with tqdm(total=len(todo), **about) as bar:
+        with tqdm(total=len(todo), desc=f"checking {self._root.name}", unit=" files", leave=False, file=sys.stdout) as bar:
             shares = np.array_split(todo, -(-len(todo) // 64) or 1)
             for found in _decoders(os.getpid(), _decoding_threads()).map(functools.partial(self._inspect, kinds), shares):
                 for file, wrong, shape, shows in found:
@@ -895,15 +880,13 @@ class ZipDataset(torch.utils.data.Dataset):
 
     def _choose(self, rows: np.ndarray) -> None:
         """Makes these the samples, rows (samples, 4) of the bg, fg_bg, mask and depth files."""
-        pairs = [np.unique(rows[:, k], return_inverse=True) for k in range(len(KINDS))]
-        self._file = {kind: files.astype(np.int32) for kind, (files, _) in zip(KINDS, pairs, strict=True)}
-        self._slot = {kind: slots.astype(np.int32) for kind, (_, slots) in zip(KINDS, pairs, strict=True)}
+        self._file, self._slot = {}, {}
+        for kind, column in zip(KINDS, rows.T.astype(np.int32), strict=True):
+            self._file[kind], slots = np.unique(column, return_inverse=True)
+            self._slot[kind] = slots.astype(np.int32)
         self._cache = None
         if not torch.cuda.is_available():  # at once, for worker processes to share it; on a GPU when first used
             self._plan_cache()
-
-    def _rows(self, indices: np.ndarray) -> np.ndarray:
-        return np.stack([self._file[kind][self._slot[kind][indices]] for kind in KINDS], 1)
 
     def subset(self, n: int, seed: int = 0) -> "ZipDataset":
         """The data set cut to n samples, spread evenly over the backgrounds and, on each, over the objects (report 4 took
@@ -926,10 +909,9 @@ class ZipDataset(torch.utils.data.Dataset):
                     if not samples[f]:
                         del samples[f]
         taken = np.sort(taken)
-        part = object.__new__(ZipDataset)
-        part.__dict__.update(self.__dict__)
+        part = copy.copy(self)
         part.bg_id, part.fg_id = self.bg_id[taken], self.fg_id[taken]
-        part._choose(self._rows(taken))
+        part._choose(np.stack([self._file[kind][self._slot[kind][taken]] for kind in KINDS], 1))
         return part
 
     def __len__(self) -> int:
@@ -991,9 +973,8 @@ class ZipDataset(torch.utils.data.Dataset):
                 content.update(self._file[kind].tobytes())
             if not self._zips:  # files of the same size may differ; these are the times when they were written
                 content.update(self._files["offset"].tobytes())
-            wanted = self._wanted
-            if in_worker and wanted != "disk":
-                wanted = "none"  # what a worker process keeps for itself, the others would decode and keep once more
+            # What a worker process keeps for itself, the others would decode and keep once more.
+            wanted = "none" if in_worker and self._wanted != "disk" else self._wanted
             versions = f"simplejpeg {simplejpeg.__version__} Pillow {PIL.__version__} torch {torch.__version__}"
             key = f"{content.hexdigest()} {self.size} {self.depth_near} {versions}"
             self._cache = _Cache(wanted, {kind: len(self._file[kind]) for kind in KINDS}, self.size, key)
@@ -1294,10 +1275,9 @@ class _Cache:
         start = f"{round(psutil.boot_time(), -2):.0f}"
         self._file = cache_folder() / f"{start}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pictures"
         # Each of the machine's processes keeps its own in memory.
-        free = {"memory": _free_memory() // _processes_here(), "disk": _free_disk(cache_folder())}
+        self._free = {"memory": _free_memory() // _processes_here(), "disk": _free_disk(cache_folder())}
         if torch.cuda.is_available() and torch.utils.data.get_worker_info() is None:
-            free = {"gpu": torch.cuda.mem_get_info()[0]} | free
-        self._free = free
+            self._free = {"gpu": torch.cuda.mem_get_info()[0]} | self._free
         needed, first = _bytes_of(self._shapes), 0 if wanted == "auto" else CACHES.index(wanted)
         self._places = [place for place in CACHES[first:-1] if needed < _MAX_SHARE[place] * self._free.get(place, 0)]
         if "disk" not in self._places and "disk" in CACHES[first:] and self._file.exists():
@@ -2469,12 +2449,7 @@ def _open_zip(path: Path, size: int, depth_near: str, subset: int, cache: str, d
 
 
 def open_zip(
-    path: str | Path,
-    size: int = 64,
-    depth_near: str = "dark",
-    subset: int = 0,
-    cache: str = "auto",
-    defects: str = "stop",
+    path: str | Path, size: int = 64, depth_near: str = "dark", subset: int = 0, cache: str = "auto", defects: str = "stop"
 ) -> ZipDataset:
     """The data set, or at most `subset` samples of it, opened once, so that the runs of one notebook share the pictures that
     are decoded already. The rest is as ZipDataset means it."""
@@ -2571,9 +2546,7 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
+        return _AllReduce.apply(grad)
 
 
 class SyncBatchNormCPU(nn.BatchNorm2d):
@@ -2639,12 +2612,11 @@ def evaluate(
 
 def _means(values: dict[str, np.ndarray]) -> dict[str, float]:
     """Means over the samples. Of the ratios of depths those samples are left out in which no pixel counts (NaN)."""
-
-    def mean(name: str, of: np.ndarray) -> float:
+    means = {}
+    for name, of in values.items():
         ratio = name.startswith(("abs_rel", "log10", "delta")) and np.isfinite(of).any()
-        return float(np.nanmean(of) if ratio else np.mean(of))
-
-    return {name: mean(name, of) for name, of in values.items()}
+        means[name] = float(np.nanmean(of) if ratio else np.mean(of))
+    return means
 
 
 def score(model: nn.Module, ds: ZipDataset, parts: dict[str, np.ndarray], precision: str = "auto") -> Results:
@@ -2708,7 +2680,6 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
         settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint}
         _refuse_another(config, folder, settings)
         if (folder / "results.json").exists():
-            finished = read_run(folder)
             if not quiet:
                 print(f"{config.name}: finished before, read from its folder")
         else:
@@ -2729,7 +2700,7 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
                 if len(training.history) == config.epochs:
                     training.finish()
                 _wait_for_all()
-            finished = read_run(folder)
+        finished = read_run(folder)
         if process == 0 and finished.results and (said := _collapse(finished)):
             tqdm.write(f"{config.name}: {said}")
     return finished
@@ -2737,9 +2708,8 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
 
 def _refuse_another(config: Config, folder: Path, settings: dict) -> None:
     """Raises ValueError where the folder holds a run of other settings. Data are known by their content, not by their path."""
-    theirs = _settings(folder)
-    keys = [key for key in theirs or () if settings.get(key) != theirs[key]]
-    changes = [f"{key} was {theirs[key]!r} and is {settings.get(key)!r}" for key in keys]
+    theirs = _settings(folder) or {}
+    changes = [f"{key} was {was!r} and is {settings.get(key)!r}" for key, was in theirs.items() if settings.get(key) != was]
     if changes:
         remedy = f"Take another name, or remove it with discard({config.name!r})."
         raise ValueError(f"The run {config.name!r} exists, but {', '.join(changes)}. {remedy}")
@@ -2821,7 +2791,9 @@ class _Training:
         # Learned weights change from epoch to epoch; epochs are compared by weights that do not.
         fixed_weight = 1.0 if config.depth_weight == "learned" else config.depth_weight
         self.valid_loss = task_loss(config.mask_loss, config.depth_loss, fixed_weight)
-        self.watched = _watched(parts)
+        # Pictures are kept of the same few samples of the training and of the hardest test part, in every epoch.
+        kept_parts = ("train", hardest_part([part for part, indices in parts.items() if len(indices)]))
+        self.watched = {part: parts[part][np.linspace(0, len(parts[part]) - 1, 4).astype(int)] for part in kept_parts}
         self.history, self.seconds, self.best = [], [], {}
         self.sound = True  # whether checkpoint.pt, if it is there, can be read
         self.within = None  # what the last checkpoint says about the epoch that it was written in
@@ -2937,9 +2909,8 @@ class _Training:
         self.step.train()
         if within is None:
             _seed(config.seed * 1_000_003 + epoch)
-            order = indices[torch.randperm(len(indices)).numpy()]
-            within = {"order": torch.from_numpy(order), "done": 0, "shares": [], "seconds": 0.0}
-            within["lr"] = optimizer.param_groups[0]["lr"]
+            order, lr = indices[torch.randperm(len(indices)).numpy()], optimizer.param_groups[0]["lr"]
+            within = {"order": torch.from_numpy(order), "lr": lr, "done": 0, "shares": [], "seconds": 0.0}
         else:
             order = within["order"].numpy()
             _set_random_states(within["shares"][process % len(within["shares"])]["random"])
@@ -3113,23 +3084,22 @@ def _wait_for_all() -> None:
 def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
     """`run` for lists of Configs, such as one for each seed, with one progress bar over them all. Of a finished run the
     checkpoint is deleted, and the pictures of all epochs but the last: those of a long list would fill a Drive."""
-    todo = sum(map(len, configs.values()))
     process = int(os.environ.get("RANK", 0))
     show = {"disable": True} if process > 0 else {}
-    with tqdm(total=todo, unit=" runs", leave=False, file=sys.stdout, **show) as bar:
-
-        def quietly(config: Config) -> Run:
-            bar.set_postfix_str(config.name)
-            done = run(config, quiet=True)
-            if process == 0:
-                (done.folder / "checkpoint.pt").unlink(missing_ok=True)
-                for epoch in sorted((done.folder / "images").glob("epoch_*"))[:-1]:
-                    shutil.rmtree(epoch)
-                keep(done.folder)
-            bar.update()
-            return done
-
-        return {label: list(map(quietly, several)) for label, several in configs.items()}
+    runs = {label: [] for label in configs}
+    with tqdm(total=sum(map(len, configs.values())), unit=" runs", leave=False, file=sys.stdout, **show) as bar:
+        for label, several in configs.items():
+            for config in several:
+                bar.set_postfix_str(config.name)
+                done = run(config, quiet=True)
+                if process == 0:
+                    (done.folder / "checkpoint.pt").unlink(missing_ok=True)
+                    for epoch in sorted((done.folder / "images").glob("epoch_*"))[:-1]:
+                        shutil.rmtree(epoch)
+                    keep(done.folder)
+                runs[label].append(done)
+                bar.update()
+    return runs
 
 
 def read_run(folder: str | Path) -> Run:
@@ -3273,13 +3243,6 @@ def _write_tables(folder: Path, history: list[dict[str, float]], seconds: list[f
             writer.writerows(rows)
 
 
-def _watched(parts: dict[str, np.ndarray], each: int = 4) -> dict[str, np.ndarray]:
-    """The samples whose pictures are kept: the same few of the training and of the hardest test part, in every epoch."""
-    test = hardest_part([part for part, indices in parts.items() if len(indices)])
-    watched = {"train": parts["train"], test: parts[test]}
-    return {part: indices[np.linspace(0, len(indices) - 1, each).astype(int)] for part, indices in watched.items()}
-
-
 # ---------- Prediction: any two photos ---------------------------------------------------------------------------------
 
 
@@ -3312,8 +3275,7 @@ def load_model(weights: str | Path) -> nn.Module:
         raise ValueError(f"{path} holds the weights of a network that is not known here. Known: {', '.join(MODELS)}.")
     if config and config.model not in fitting:
         raise ValueError(f"{path} holds the weights of {fitting[0]}, and not of {config.model}, as {beside} says.")
-    make = MODELS[config.model if config else fitting[0]]
-    model = make().to(DEVICE, memory_format=torch.channels_last)
+    model = MODELS[config.model if config else fitting[0]]().to(DEVICE, memory_format=torch.channels_last)
     model.load_state_dict(state)
     model.size = config.size if config else 192
     return model.eval()
@@ -3356,19 +3318,18 @@ def predict_images(weights: str | Path, bg: str | Path, image: str | Path, folde
         ValueError: a file is no picture or no weights; the photos differ in shape.
     """
     model, image = load_model(weights), Path(image)
-    photos = [open_photo(path) for path in (bg, image)]
-    (width, height), (bg_width, bg_height) = (photo.size for photo in reversed(photos))
+    photos = [pil_to_tensor(open_photo(path)) for path in (bg, image)]
+    (bg_height, bg_width), (height, width) = (photo.shape[1:] for photo in photos)
     if abs(bg_width * height / (bg_height * width) - 1) > 0.02:
         shapes = f"{bg} has {bg_width} x {bg_height} pixels and {image} {width} x {height}"
         raise ValueError(f"{shapes}: not the same view. Take both photos from one place, and cut them alike.")
-    mask, depth = predict(model, *(pil_to_tensor(photo)[None].float() / 255 for photo in photos))
+    mask, depth = (pictures[0].cpu() for pictures in predict(model, *(photo[None].float() / 255 for photo in photos)))
     folder = image.parent if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{image.stem}_{kind}.png" for kind in ("mask", "depth")]
     for picture, file in zip((mask, depth), files, strict=True):
-        _save_picture(picture[0].cpu(), file)
-    pictures = {"bg": photos[0], "fg_bg": photos[1], "mask": mask[0].cpu(), "depth": depth[0].cpu()}
-    return Prediction(*files, _show_four(pictures))
+        _save_picture(picture, file)
+    return Prediction(*files, _show_four(dict(zip(KINDS, (*photos, mask, depth), strict=True))))
 
 
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # of the many that Pillow knows, some start other programs
@@ -3467,13 +3428,12 @@ def show_samples(ds: ZipDataset, indices: Sequence[int]) -> plt.Figure:
     return figure
 
 
-def _show_four(pictures: dict[str, Image.Image | Tensor]) -> plt.Figure:
+def _show_four(pictures: dict[str, Tensor]) -> plt.Figure:
     """The four kinds of one sample beside each other, in the shape that they have."""
     height, width = pictures["mask"].shape[1:]
     size = (12, min(0.5 + 3 * height / width, 8))
     figure, axes = plt.subplots(1, 4, figsize=size, layout="constrained", dpi=90)
     for axis, (kind, picture) in zip(axes, pictures.items(), strict=True):
-        picture = pil_to_tensor(picture) if isinstance(picture, Image.Image) else picture
         drawn = _draw(axis, kind, picture)
         axis.set_title(TITLES.get(kind, kind), fontsize=9)
         axis.axis("off")
