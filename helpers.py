@@ -570,7 +570,7 @@ class _Copies:
         for folder, folders, names in os.walk(path):
             packed = [each for each in folders if re.fullmatch(r"epoch_\d+", each)]
             folders[:] = [each for each in folders if each not in packed and not each.endswith(".part")]
-            names = [each for each in names if not each.endswith(".part") and each != "checkpoint_before.pt"]
+            names = [each for each in names if not each.endswith((".part", ".lock")) and each != "checkpoint_before.pt"]
             for each, ending in [(each, ".zip") for each in packed] + [(each, "") for each in names]:
                 file = Path(folder, each)
                 files[file.relative_to(self.local).as_posix() + ending] = file
@@ -744,6 +744,7 @@ def _pattern(name: str) -> re.Pattern:
 CACHES = ("gpu", "memory", "disk", "none")  # where decoded pictures are kept, the fastest first
 _MAX_SHARE = {"gpu": 0.6, "memory": 0.75, "disk": 0.75}  # of what is free there; training needs some too
 _MAX_FILE, _MAX_PIXELS = 2**27, 2**26  # bytes and pixels: a file that claims more is a mistake or a trap
+_MAX_SCANS = 100  # of a progressive JPEG; ten are usual
 _CHUNK = 2**26  # bytes of pictures that a thread holds at full size
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
@@ -853,13 +854,15 @@ class ZipDataset(torch.utils.data.Dataset):
             wrong, shape, shows = "", (), True
             try:
                 if kind := kinds[file]:
-                    opened, shape = self._open(kind, file, whole=True)
+                    opened, shape, _ = self._open(kind, file, whole=True)
                     room = np.empty((*shape, CHANNELS[kind]), np.uint8)
                     self._decode(kind, file, opened, room, whole=True)
                     shows = kind != "mask" or room.max() > 127
                 else:
                     self._read(file)
             except ValueError as error:
+                if isinstance(error.__cause__, MemoryError) or getattr(error.__cause__, "errno", None):
+                    raise  # which says nothing of what is in the file
                 wrong = str(error).removeprefix(f"{self.path}: {self._name(file)} ")
             found.append((file, wrong, shape, shows))
         return found
@@ -1026,9 +1029,9 @@ class ZipDataset(torch.utils.data.Dataset):
         result = torch.empty(len(files), self.size, self.size, CHANNELS[kind], dtype=torch.uint8)
         opened, shapes, room = {}, collections.defaultdict(list), 0
         for i, file in enumerate(files.tolist()):
-            opened[i], shape = self._open(kind, file)
+            opened[i], shape, size = self._open(kind, file)
             shapes[shape].append(i)
-            room += math.prod(shape) * CHANNELS[kind]
+            room += math.prod(shape) * CHANNELS[kind] + size
             if room < _CHUNK and i < len(files) - 1:
                 continue
             for shape, same in shapes.items():  # mostly one
@@ -1050,8 +1053,8 @@ class ZipDataset(torch.utils.data.Dataset):
         whole = whole or kind == "mask"
         return {} if whole else {"min_height": 2 * self.size, "min_width": 2 * self.size, "min_factor": 2}
 
-    def _open(self, kind: str, file: int, whole: bool = False) -> tuple[memoryview | bytes | Image.Image, tuple[int, int]]:
-        """The bytes of a JPEG or else the opened picture, and how large it will be, (height, width)."""
+    def _open(self, kind: str, file: int, whole: bool = False) -> tuple[memoryview | bytes | Image.Image, tuple[int, int], int]:
+        """The bytes of a JPEG or else the opened picture, how large it will be, (height, width), and the file's size."""
         raw = self._read(file)
         try:
             if raw[:2] == b"\xff\xd8":
@@ -1065,7 +1068,9 @@ class ZipDataset(torch.utils.data.Dataset):
                     raise ValueError("it has 16 bits a pixel, and 8 are read")
             if math.prod(full) > _MAX_PIXELS:
                 raise ValueError(f"it is said to have {full[1]} x {full[0]} pixels")
-            return opened, shape
+            if opened is raw and len(raw) > 2**14 and bytes(raw).count(b"\xff\xda") > _MAX_SCANS:
+                raise ValueError(f"it has more than {_MAX_SCANS} scans, each of which takes as long as a picture")
+            return opened, shape, len(raw)
         except Exception as error:  # decoders raise many kinds
             raise self._unreadable(file, error) from error
 
@@ -1081,13 +1086,22 @@ class ZipDataset(torch.utils.data.Dataset):
                 room[:] = np.asarray(opened.convert("RGB" if colour else "L")).reshape(room.shape)
             else:
                 simplejpeg.decode_jpeg(opened, "RGB" if colour else "GRAY", buffer=room, **self._scale(kind, whole))
-            if kind == "mask" and 2 * np.count_nonzero(room + np.uint8(64) & 128) > room.size:  # 64 to 191
-                raise ValueError("most of it is grey, and a mask is black and white")
+            if kind == "mask":
+                _refuse_grey(room)
         except Exception as error:
             raise self._unreadable(file, error) from error
 
     def _unreadable(self, file: int, error: Exception) -> ValueError:
         return ValueError(f"{self.path}: {self._name(file)} cannot be read as a picture ({_reason(error)}).")
+
+
+def _refuse_grey(mask: np.ndarray) -> None:
+    """Raises ValueError for what is no mask of black and white. What a JPEG smears into grey is far less than the object."""
+    if 0 < mask.max() < 128:  # 0 and 1, say, or a colour for each object
+        raise ValueError(f"its brightest pixel is {mask.max()}, and in a mask the object is 255")
+    grey = np.count_nonzero(mask + np.uint8(64) & 128)  # 64 to 191
+    if 2 * grey > mask.size or (grey and grey > 4 * np.count_nonzero(mask > 191)):
+        raise ValueError("most of it, or of its object, is grey, and a mask is black and white")
 
 
 def check(path: str | Path, layout: str | None = None) -> dict[str, str]:
@@ -1214,7 +1228,7 @@ def _reason(error: Exception) -> str:
 
 
 def _some(names: Collection[str]) -> str:
-    first = list(itertools.islice(names, 4))
+    first = [name if len(name) < 100 else f"{name[:96]} ..." for name in itertools.islice(names, 4)]
     return ", ".join(first) if len(first) < 4 else f"{', '.join(first[:3])} and {len(names) - 3:,} more"
 
 
@@ -1409,6 +1423,8 @@ def _read_entries(source: _File) -> tuple[np.ndarray, np.ndarray, list[str]]:
     entry, 770 MB for 1.2 million. Raises ValueError or struct.error where the bytes are not a whole zip."""
     tail = source.read(max(0, source.size - 2**16 - 98), min(source.size, 2**16 + 98))  # the end records and a comment
     at = tail.rfind(b"PK\5\6")
+    while at >= 0 and (len(tail) < at + 22 or at + 22 + struct.unpack_from("<H", tail, at + 20)[0] > len(tail)):
+        at = tail.rfind(b"PK\5\6", 0, at)  # in the comment that follows the right one, say
     if at < 0:
         raise ValueError("its end is not there")
     size, start = struct.unpack_from("<LL", tail, at + 12)
@@ -1597,16 +1613,11 @@ def _match_table(
     for i, name in enumerate(names):
         if files.setdefault(tail(name), i) != i:
             doubles[tail(name)] = i
-    try:
-        lines = list(csv.reader(io.StringIO(content.decode("utf-8-sig", "replace")), delimiter=";"))
-    except csv.Error as error:
-        raise ValueError(f"{where} cannot be read as a table ({error}).") from error
-    for number, line in enumerate(lines, start=1):
-        if not any(cell.strip() for cell in line):
-            continue
+    for number, line in _lines(content, where):
         if len(line) != len(KINDS):
             expected = "expected the paths of bg, fg_bg, mask and depth."
             defects.add(f"{table}, line {number}:", f"{len(line)} columns; {expected}")
+            rows.append(([], [-1] * len(KINDS), -1))
             continue
         tails = [tail(cell) for cell in line]
         row = [files.get(name, -1) for name in tails]
@@ -1617,7 +1628,7 @@ def _match_table(
                 other = f"{names[doubles[name]]}; {table}, line {number}"
                 wrong = f"claims to be one picture, as another file does ({other}). Remove one."
                 defects.add(names[file], wrong, file)
-        if row[1] in used:
+        if row[1] in used and row[1] >= 0:
             wrong = f"stands in more than one line ({table}, line {number}); a sample has one background, mask and depth."
             defects.add(names[row[1]], wrong, row[1])
         used.add(row[1])
@@ -1625,13 +1636,25 @@ def _match_table(
         if not found:
             defects.add(_printable(line[0]), f"has no number in its name, by which backgrounds go ({table}).", row[0])
         # As in the other layouts, in the order of the numbers in the names.
-        order = [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", tails[1])]
+        order = [int(part[:18]) if part.isdecimal() else part for part in re.split(r"(\d+)", tails[1])]
         rows.append((order, row, int(found[1]) if found else -1))
-    if not rows:
+    if not used:
         raise ValueError(f"{where} has no lines that can be used; expected one a sample.")
     rows.sort()
     _, rows, bg_id = zip(*rows, strict=True)
     return np.array(rows), np.array(bg_id), np.full(len(rows), -1)
+
+
+def _lines(table: bytes, where: str) -> Iterator[tuple[int, list[str]]]:
+    """The lines of a table that are not empty, with their numbers."""
+    try:
+        for number, line in enumerate(csv.reader(io.StringIO(table.decode("utf-8-sig", "replace")), delimiter=";"), start=1):
+            if any("\n" in cell for cell in line):
+                raise ValueError(f"{where}, line {number}: a quote is opened and not closed in its line.")
+            if any(cell.strip() for cell in line):
+                yield number, line
+    except csv.Error as error:
+        raise ValueError(f"{where} cannot be read as a table ({error}).") from error
 
 
 def _unused(names: Sequence[str], rows: np.ndarray) -> list[str]:
@@ -1649,8 +1672,11 @@ def _fold_mirrored(bg_id: np.ndarray, fg_id: np.ndarray) -> np.ndarray:
     """
     stride = int(fg_id.max()) + 1
     pairs = np.unique(bg_id * stride + fg_id)
+    ids = np.sort(pairs % stride)
+    halves = stride - 1 - np.unique(ids)[::-1]  # the last object is the mirror image of one that is there
+    halves = halves[halves >= stride // 2]
     for start in (0, 1)[: 1 + int(fg_id.min() > 0)]:  # objects may count from 0 or from 1
-        for half in range(stride // 2, stride):
+        for half in halves[2 * np.searchsorted(ids, start + halves) == len(ids)].tolist():  # as many of one as of the other
             mirrored = pairs % stride >= start + half
             if np.array_equal(pairs[~mirrored], pairs[mirrored] - half):
                 return (fg_id - start) % half + start
@@ -2678,13 +2704,13 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
             ds = open_zip(data_zip(config.data), *choices)
         parts = parts_of(config, ds)
         settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint}
-        _refuse_another(config, folder, settings)
+        _refuse_another(_settings(folder), settings)
         if (folder / "results.json").exists():
             if not quiet:
                 print(f"{config.name}: finished before, read from its folder")
         else:
             with _own_random_numbers(config.seed):
-                training = _Training(config, ds, parts, folder, quiet)
+                training = _Training(config, ds, parts, folder, settings, quiet)
                 if process == 0:
                     folder.mkdir(parents=True, exist_ok=True)
                     _write_json(folder / "config.json", settings)
@@ -2706,13 +2732,18 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     return finished
 
 
-def _refuse_another(config: Config, folder: Path, settings: dict) -> None:
-    """Raises ValueError where the folder holds a run of other settings. Data are known by their content, not by their path."""
-    theirs = _settings(folder) or {}
-    changes = [f"{key} was {was!r} and is {settings.get(key)!r}" for key, was in theirs.items() if settings.get(key) != was]
+def _refuse_another(theirs: dict | None, settings: dict) -> None:
+    """Raises ValueError where a run of these settings is there already, and they are others than those of this one."""
+    mine = _decisive(settings)
+    changes = [f"{key} was {was!r} and is {mine.get(key)!r}" for key, was in (theirs or {}).items() if mine.get(key) != was]
     if changes:
-        remedy = f"Take another name, or remove it with discard({config.name!r})."
-        raise ValueError(f"The run {config.name!r} exists, but {', '.join(changes)}. {remedy}")
+        remedy = f"Take another name, or remove it with discard({mine['name']!r})."
+        raise ValueError(f"The run {mine['name']!r} exists, but {', '.join(changes)}. {remedy}")
+
+
+def _decisive(settings: dict) -> dict:
+    """Those that decide a run's result. Data are known by their content, not by their path."""
+    return {key: value for key, value in settings.items() if key not in ("data", "cache", "checkpoint_minutes")}
 
 
 def _settings(folder: Path) -> dict | None:
@@ -2721,41 +2752,50 @@ def _settings(folder: Path) -> dict | None:
     if not _is_there(folder / "config.json"):
         return None
     try:
-        settings = dataclasses.asdict(Config("any")) | json.loads((folder / "config.json").read_text())
+        return _decisive(dataclasses.asdict(Config("any")) | json.loads((folder / "config.json").read_text()))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged ({error}). Delete the folder to begin anew.") from error
-    return {key: value for key, value in settings.items() if key not in ("data", "cache", "checkpoint_minutes")}
+        remedy = "Delete it, and run the same Config again: the checkpoint knows whether that is the same"
+        raise ValueError(f"{folder / 'config.json'} is damaged ({error}). {remedy}.") from error
 
 
 @contextlib.contextmanager
-def _alone(name: str) -> Iterator[None]:
-    """Keeps all others away from a run, on this machine by a lock that goes with the process, on Drive by a note. Brings from
-    Drive what is further there. Raises RuntimeError where another is at it."""
-    folder = work_folder() / name
-    key = hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()
-    lock = filelock.FileLock(Path(tempfile.gettempdir(), f"mask-and-depth-{key}.lock"), timeout=0)
+def _locked(name: str) -> Iterator[None]:
+    """Keeps other notebooks and programs away from a run, by a lock that goes with the process."""
+    folder = (work_folder() / name).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
         raise RuntimeError(f"Another notebook or program is at the run {name!r}. Wait for it, or take another name.") from None
-    copies = _copies()
     try:
-        if copies:
-            copies.begin(name)
         yield
     finally:
-        if copies:
-            copies.end(name)
         lock.release()
+
+
+@contextlib.contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Keeps all others away from a run, on this machine and, by a note on Drive, on others. Brings from Drive what is further
+    there. Raises RuntimeError where another is at it."""
+    with _locked(name):
+        copies = _copies()
+        try:
+            if copies:
+                copies.begin(name)
+            yield
+        finally:
+            if copies:
+                copies.end(name)
 
 
 def _collapse(run: Run) -> str:
     """A sentence where the mask of a run's best epoch is all black or all white, whatever the pictures show."""
-    best = min(run.history, key=lambda row: row["valid_loss"])
+    best = min(run.history, key=lambda row: row["valid_loss"], default={})
     area = best.get("valid_mask_area", math.nan)
     if run.config.mask_loss is None or not (area > 0.999 or (area < 0.001 and best["valid_iou"] < 0.01)):
         return ""
-    advice = "The mask has not been learned: try bce_dice, a smaller lr or more epochs, under another name."
+    advice = "It has not been learned: try more epochs, a smaller lr or another mask loss, under another name."
     return f"its mask is all {'white' if area > 0.5 else 'black'} on the validation pictures. {advice}"
 
 
@@ -2766,8 +2806,9 @@ class _Training:
     which makes going on exact.
     """
 
-    def __init__(self, config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], folder: Path, quiet: bool):
+    def __init__(self, config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], folder: Path, settings: dict, quiet: bool):
         self.config, self.ds, self.parts, self.folder, self.quiet = config, ds, parts, folder, quiet
+        self.settings = settings  # what the checkpoint is checked against
         self.process, self.processes = _processes()
         self.model = MODELS[config.model]().to(DEVICE, memory_format=torch.channels_last)
         if hasattr(self.model, "stride"):
@@ -2820,6 +2861,7 @@ class _Training:
             if self.process == 0 and not self.sound:
                 tqdm.write(f"{self.config.name}: No checkpoint is left. Begins anew.")
             return
+        _refuse_another(checkpoint.get("settings"), self.settings)
         for group in checkpoint["optimizer"]["param_groups"]:
             if "fused" in group:
                 group["fused"] = FUSED  # as this device has it, not the one of the checkpoint
@@ -2850,6 +2892,7 @@ class _Training:
         if self.process == 0:
             states = {name: part.state_dict() for name, part in self._parts().items()}
             about = {"history": self.history, "seconds": self.seconds, "best": self.best, "within": within}
+            about["settings"] = _decisive(self.settings)
             before = self.folder / "checkpoint_before.pt" if self.sound else None  # a damaged one is not worth it
             _save(self.folder / "checkpoint.pt", states | about, before)
             keep(self.folder)
@@ -3039,6 +3082,8 @@ class _StopButton:
 
     def end_if_asked(self) -> None:
         number, self.asked = self.asked, None  # a handler of the caller's may let the run go on
+        if number == signal.SIGTERM and (copies := _copies()):
+            copies.wait(20)  # the checkpoint should be on Drive before the machine goes
         if number is not None:
             signal.raise_signal(number)
 
@@ -3103,25 +3148,30 @@ def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
 
 
 def read_run(folder: str | Path) -> Run:
-    """The run in this folder, as far as it has come. Raises FileNotFoundError where there is none."""
+    """The run in this folder, as far as it has come. Raises FileNotFoundError where there is none, ValueError where a file
+    of it is damaged."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no run (no config.json). Give the folder that run() made.")
-    results = folder / "results.json"
-    return Run(
-        config=Config.load(folder / "config.json"),
-        folder=folder,
-        history=_read_table(folder / "metrics.csv"),
-        seconds=[row["seconds"] for row in _read_table(folder / "timing.csv")],
-        results=json.loads(results.read_text()) if results.exists() else {},
-    )
+    config, results = Config.load(folder / "config.json"), folder / "results.json"
+    try:
+        history, timing = (_read_table(folder / name) for name in ("metrics.csv", "timing.csv"))
+        seconds = [row["seconds"] for row in timing]
+        return Run(config, folder, history, seconds, json.loads(results.read_text()) if results.exists() else {})
+    except (KeyError, TypeError, ValueError) as error:
+        which = "metrics.csv, timing.csv or results.json"
+        remedy = "Delete results.json and run the same Config again, which makes all three anew"
+        raise ValueError(f"{folder}: {which} is damaged ({error}). {remedy}.") from error
 
 
 def discard(name: str) -> None:
-    """Deletes a run, or another folder of the workspace, and its copy on Drive. Raises OSError where Drive does not answer."""
-    shutil.rmtree(work_folder() / name, ignore_errors=True)
-    if copies := _copies():
-        copies.discard(name)
+    """Deletes a run, or another folder of the workspace, and its copy on Drive. Raises RuntimeError where another notebook is
+    at the run, OSError where Drive does not answer."""
+    with _locked(name):
+        if (work_folder() / name).exists():
+            shutil.rmtree(work_folder() / name)
+        if copies := _copies():
+            copies.discard(name)
 
 
 def _read_table(path: Path) -> list[dict[str, float]]:

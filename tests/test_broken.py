@@ -92,6 +92,13 @@ def transparent_palette(alpha=0):
     return saved(picture, transparency=bytes([255] * 3 + [alpha] + [255] * 12))
 
 
+def jpeg_of_scans(count):
+    """A large progressive JPEG whose last scan is there again and again."""
+    data = saved(Image.new("RGB", (1100, 1000), "red"), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * (1 + count - data.count(b"\xff\xda")) + data[-2:]
+
+
 JPEG = saved(Image.fromarray(PICTURE["fg_bg"]), "JPEG", quality=95)
 GREY = np.full((24, 24), 255, np.uint8)
 GREY.flat[: 24 * 12 + 1] = np.resize(np.arange(64, 192), 24 * 12 + 1)
@@ -112,7 +119,15 @@ REFUSED = {
     "a transparent palette": ("fg_bg", transparent_palette(), "transparent in parts"),
     "transparent webp": ("fg_bg", transparent("RGB", "WEBP", 100), "transparent in parts"),
     "one colour transparent": ("depth", saved(Image.fromarray(PICTURE["depth"]), transparency=255), "transparent in parts"),
-    "a mask of grey": ("mask", encoded(GREY), "most of it is grey"),
+    "a mask of grey": ("mask", encoded(GREY), "most of it, or of its object, is grey"),
+    "a mask of 0 and 1": ("mask", encoded(PICTURE["mask"] // 255), "brightest pixel is 1,"),
+    "a mask in red": (
+        "mask",
+        saved(Image.merge("RGB", [Image.fromarray(PICTURE["mask"])] + [Image.new("L", (24, 24))] * 2)),
+        "is 76,",
+    ),
+    "a mask in light grey": ("mask", encoded(PICTURE["mask"] // 255 * 150), "of its object, is grey"),
+    "a jpeg of countless scans": ("fg_bg", jpeg_of_scans(700), "more than 100 scans"),
     "postscript": ("fg_bg", saved(Image.fromarray(PICTURE["fg_bg"]), "EPS"), "none of PNG, JPEG"),
     "tiff": ("fg_bg", saved(Image.fromarray(PICTURE["fg_bg"]), "TIFF"), "none of PNG, JPEG"),
 }
@@ -344,6 +359,66 @@ def test_lines_of_a_table_that_do_not_fit_are_left_out(write_zip, tmp_path, labe
     assert_same_samples(ds, [sample for sample in made if sample["name"] in names])
     with pytest.raises(ValueError, match=r"label_data\.csv, line|\(label_data\.csv, line"):
         ZipDataset(tmp_path / "a.zip")
+
+
+def test_a_table_of_a_quote_that_never_closes_is_refused_as_a_whole(write_zip, tmp_path):
+    write_zip(tmp_path / "a.zip", "roshantac", label=lambda name: f'{name}"' if name == "DepthMap/img7.png" else name)
+    for defects in ("stop", "leave_out"):
+        assert "a quote is opened and not closed" in message(ValueError, tmp_path / "a.zip", defects=defects)
+
+
+@pytest.mark.filterwarnings("ignore:.*belong to no sample")
+def test_lines_of_a_table_that_name_what_is_not_there_accuse_nothing_else(write_zip, tmp_path, capsys):
+    label = lambda name: re.sub(r"fgbg/img([78])\.", rf"fgbg/none{'1' * 5000}\1.", name)  # noqa: E731
+    write_zip(tmp_path / "a.zip", "roshantac", label=label)
+    ds = ZipDataset(tmp_path / "a.zip", size=24, defects="leave_out")
+    assert sorted(name[:9] for name in ds.left_out) == ["fgbg/none"] * 2 and len(ds) == 22
+    assert "2 of 24 samples left out" in capsys.readouterr().out
+
+
+def test_columns_that_are_missing_count_as_samples_left_out(write_zip, tmp_path, capsys):
+    content = "\n".join(f"bg/bg1.png;fgbg/img{i}.png" for i in range(1, 4))
+    path = tmp_path / "a.zip"
+    write_zip(path, "roshantac")
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    files["label_data.csv"] = b"\n".join([files["label_data.csv"].strip().splitlines()[0], content.encode()])
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for name, raw in files.items():
+            archive.writestr(name, raw)
+    with pytest.warns(UserWarning, match="belong to no sample"):
+        assert len(ZipDataset(tmp_path / "b.zip", size=24, defects="leave_out")) == 1
+    assert "3 of 4 samples left out" in capsys.readouterr().out
+
+
+def test_a_drive_that_fails_while_defects_are_looked_for_is_no_defect(write_zip, tmp_path, monkeypatch):
+    write_zip(tmp_path / "a.zip")
+    right = helpers._File.read
+
+    def read(file, start, size):
+        if size < 1000:  # not the directory
+            raise OSError(5, "Input/output error")
+        return right(file, start, size)
+
+    ds = ZipDataset(tmp_path / "a.zip", size=24)
+    monkeypatch.setattr(helpers, "_read_entry", lambda *_: read(None, 0, 1))
+    assert len(ds) == 24
+    with pytest.raises(ValueError, match="Errno 5, Input/output error"):
+        ZipDataset(tmp_path / "a.zip", size=24, defects="leave_out")
+
+
+def test_a_comment_that_looks_like_the_end_of_a_zip_is_none(write_zip, tmp_path):
+    made = write_zip(tmp_path / "a.zip")
+    with zipfile.ZipFile(tmp_path / "a.zip", "a") as archive:
+        archive.comment = b"it ends with PK\5\6 and more text than that has room for"
+    assert_same_samples(ZipDataset(tmp_path / "a.zip", size=24), made)
+
+
+def test_a_number_far_from_all_others_takes_no_time(write_zip, tmp_path):
+    """Candidates for the number of objects are those that the names allow, and not all numbers up to the last."""
+    write_zip(tmp_path / "a.zip", "raguram", samples=[(1, 1, 1), (1, 2, 1), (1, 10**12, 1)])
+    with pytest.warns(UserWarning, match="Mirrored objects cannot be told"):
+        assert len(ZipDataset(tmp_path / "a.zip", size=24)) == 3
 
 
 def test_where_nothing_is_left_that_is_an_error(write_zip, tmp_path):

@@ -510,6 +510,67 @@ def test_a_checkpoint_of_another_network_is_refused_in_a_sentence_and_left_alone
     assert_same(contents(place), before)
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(config, place, gone):
+    """Whether the file that says so is gone, or the checkpoint has been copied from elsewhere."""
+    run(config, stop_after=1, quiet=True)
+    other = dataclasses.replace(config, lr=0.5)
+    if gone:
+        (place / "config.json").unlink()
+    else:
+        settings = json.loads((place / "config.json").read_text()) | {"lr": 0.5}
+        (place / "config.json").write_text(json.dumps(settings))
+    before = contents_of_weights(place)
+    with pytest.raises(ValueError, match=r"The run 'run' exists, but lr was 0\.02 and is 0\.5\."):
+        run(other, quiet=True)
+    assert contents_of_weights(place) == before
+
+
+def contents_of_weights(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.pt")}
+
+
+def test_a_damaged_config_json_can_be_deleted_as_the_message_says(config, place, undisturbed):
+    expected, *_ = undisturbed()
+    run(config, stop_after=1, quiet=True)
+    (place / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged .* Delete it, and run the same Config again"):
+        run(config, quiet=True)
+    (place / "config.json").unlink()
+    run(config, quiet=True)
+    assert_same(contents(place), expected)
+
+
+@pytest.mark.parametrize("name, text", [("results.json", "{"), ("metrics.csv", "epoch,lr\n1"), ("timing.csv", "a,b\n1,x\n")])
+def test_a_damaged_table_of_a_finished_run_is_named_and_made_anew_as_the_message_says(config, place, name, text):
+    run(config, quiet=True)
+    expected = contents(place)
+    (place / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}.* damaged .* Delete results\.json and run the same Config again"):
+        run(config, quiet=True)
+    (place / "results.json").unlink()
+    run(config, quiet=True)
+    assert_same(contents(place), expected)
+
+
+def test_a_run_that_is_trained_is_not_discarded_nor_trained_by_another_path(config, place, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "work")
+    refused = []
+
+    def save_images(*_):
+        for act in (lambda: helpers.discard("run"), lambda: run(config)):
+            monkeypatch.setenv("WORKSPACE", str(tmp_path / "link"))
+            with pytest.raises(RuntimeError, match="Another notebook or program is at the run 'run'"):
+                act()
+            refused.append(act)
+        monkeypatch.setenv("WORKSPACE", str(tmp_path / "work"))
+
+    monkeypatch.setattr(helpers, "_save_images", save_images)
+    assert run(config, quiet=True).results and len(refused) == 4
+    helpers.discard("run")
+    assert not place.exists()
+
+
 # A full disk
 
 
@@ -858,8 +919,8 @@ class White(Sees):
 @pytest.mark.parametrize(
     "network, options, said",
     [
-        (Black, {}, "run: its mask is all black on the validation pictures. The mask has not been learned: try "),
-        (White, {}, "run: its mask is all white on the validation pictures. The mask has not been learned: try "),
+        (Black, {}, "run: its mask is all black on the validation pictures. It has not been learned: try "),
+        (White, {}, "run: its mask is all white on the validation pictures. It has not been learned: try "),
         (Sees, {}, None),
         (Black, {"mask_loss": None}, None),
     ],

@@ -391,7 +391,7 @@ def test_the_same_data_in_another_place_are_the_same(config, data, place):
 def test_a_size_the_network_cannot_take_is_refused_and_leaves_no_folder(config, place):
     with pytest.raises(ValueError, match=r"18 x 18 pixels do not divide by 4\. Use (16 x 16|20 x 20)"):
         run(renamed(config, size=18))
-    assert list(place.iterdir()) == []
+    assert list(place.glob("[!.]*")) == []
 
 
 def test_a_loss_that_is_no_number_stops_the_run_as_it_was(config, place, monkeypatch):
