@@ -655,8 +655,7 @@ def _stamp_there(file: Path, stamp: tuple[int, int]) -> tuple[int, int] | None:
 
 def _progress(folder: Path) -> tuple[tuple, dict] | None:
     """How far a run in a folder is, and its settings. None where there is no run. Raises OSError where Drive fails."""
-    settings = _settings(folder)
-    if settings is None:
+    if (settings := _settings(folder)) is None:
         return None
     table = folder / "metrics.csv"
     rows = len(table.read_text().splitlines()[1:]) if _is_there(table) else 0
@@ -1046,8 +1045,7 @@ class ZipDataset(torch.utils.data.Dataset):
     def _scale(self, kind: str, whole: bool) -> dict[str, int]:
         """What simplejpeg is asked for: pictures scaled to half their size or less, which saves time, but still twice as large
         as needed, which keeps the difference small (README has it). Masks are decoded whole."""
-        whole = whole or kind == "mask"
-        return {} if whole else {"min_height": 2 * self.size, "min_width": 2 * self.size, "min_factor": 2}
+        return {} if whole or kind == "mask" else {"min_height": 2 * self.size, "min_width": 2 * self.size, "min_factor": 2}
 
     def _open(self, kind: str, file: int, whole: bool = False) -> tuple[memoryview | bytes | Image.Image, tuple[int, int]]:
         """The bytes of a JPEG or else the opened picture, and how large it will be, (height, width)."""
@@ -2386,9 +2384,8 @@ class Config:
     def __post_init__(self):
         for part in self.name.split("/"):
             if not part.strip(". ") or part != part.strip() or set(part) & set('\\:*?"<>|'):
-                raise ValueError(
-                    f"name is {self.name!r}; it must be a path of folders below the workspace, such as losses/dice."
-                )
+                expected = "it must be a path of folders below the workspace, such as losses/dice."
+                raise ValueError(f"name is {self.name!r}; {expected}")
         _known(self.split, ("unseen", "image"), "split")
         _known(self.defects, ("stop", "leave_out"), "choice of defects")
         _known(self.model, MODELS, "model")
@@ -2673,8 +2670,7 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     folder = work_folder() / config.name
     with _alone(config.name) if process == 0 else contextlib.nullcontext():
         with local_first():  # what goes to the local disk, the others find there
-            choices = config.size, config.depth_near, config.subset, config.cache, config.defects
-            ds = open_zip(data_zip(config.data), *choices)
+            ds = open_zip(data_zip(config.data), config.size, config.depth_near, config.subset, config.cache, config.defects)
         parts = parts_of(config, ds)
         settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint}
         _refuse_another(config, folder, settings)
@@ -3574,7 +3570,6 @@ def _save_images(folder: Path, model: nn.Module, ds: ZipDataset, watched: dict[s
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-
     kinds, tiles = ("bg", "fg_bg", "mask", "mask_predicted", "depth", "depth_predicted"), []
     for name, indices in watched.items():
         batch = _predict_batch(model, ds, indices, precision)
@@ -3589,8 +3584,7 @@ def _save_images(folder: Path, model: nn.Module, ds: ZipDataset, watched: dict[s
     head = Image.new("L", (sheet.shape[2], 12), "white")
     for i, kind in enumerate(kinds):
         ImageDraw.Draw(head).text((i * (ds.size + 2) + 2, 0), kind.replace("_", " "), fill="black")
-    head = torch.from_numpy(np.array(head) / np.float32(255)).expand(3, -1, -1)
-    _save_picture(torch.cat([head, sheet], 1), part / "sheet.png")
+    _save_picture(torch.cat([(pil_to_tensor(head) / 255).expand(3, -1, -1), sheet], 1), part / "sheet.png")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
 
