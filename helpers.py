@@ -156,7 +156,7 @@ def data_zip(path: str | Path = "") -> Path:
     given = str(path) or os.environ.get("DATA_ZIP", "")
     if given:
         given = Path(given).expanduser()
-        if in_colab() and DRIVE in given.absolute().parents:
+        if in_colab() and _on_drive(given.absolute()):
             _drive_folder()  # mounts Drive
         # A notebook's kernel starts in notebooks/, so the path may also be meant from the project's folder.
         found = next((path for path in (given, ROOT / given) if path.exists()), None)
@@ -168,7 +168,7 @@ def data_zip(path: str | Path = "") -> Path:
             found = workspace() / "scenes.zip"
         if not (copies.in_time(lambda moved: _is_there(found)) if copies else found.exists()):
             return ROOT / "assets" / "sample.zip"
-    return found if found.is_dir() or DRIVE not in found.resolve().parents else _copy_from_drive(found)
+    return _copy_from_drive(found) if _on_drive(found.resolve()) and not found.is_dir() else found
 
 
 def _copy_from_drive(path: Path) -> Path:
@@ -646,11 +646,10 @@ def _stamp(file: Path | int) -> tuple[int, int]:
 def _stamp_there(file: Path, stamp: tuple[int, int]) -> tuple[int, int] | None:
     """The stamp, if the file on Drive has it: then an earlier process has copied it. Drive counts milliseconds."""
     try:
-        there = _stamp(file)
+        time_ns, size = _stamp(file)
     except FileNotFoundError:
         return None
-    same = abs(there[0] - stamp[0]) < 10**7 and stamp[1] in (0, there[1])
-    return stamp if same else None
+    return stamp if abs(time_ns - stamp[0]) < 10**7 and stamp[1] in (0, size) else None
 
 
 def _progress(folder: Path) -> tuple[tuple, dict] | None:
@@ -1314,8 +1313,8 @@ class _Cache:
             shapes = shapes if _bytes_of(shapes) < _MAX_SHARE["memory"] * self._free["memory"] else {}
         counts = {kind: shape[0] for kind, shape in shapes.items()}
         if place == "gpu":
-            pictures = {kind: torch.empty(shape, dtype=torch.uint8, device=DEVICE) for kind, shape in shapes.items()}
-            self.pictures, self.ready = pictures, {kind: np.zeros(count, bool) for kind, count in counts.items()}
+            self.ready = {kind: np.zeros(count, bool) for kind, count in counts.items()}
+            self.pictures = {kind: torch.empty(shape, dtype=torch.uint8, device=DEVICE) for kind, shape in shapes.items()}
             return
         # Memory that forked processes share, or a file: a page for the key, what is ready, the pictures. Pages that nobody
         # has written take no room.
@@ -1326,7 +1325,7 @@ class _Cache:
             ready[kind] = np.frombuffer(room, bool, count, at)
             at += count
         for kind, shape in shapes.items():
-            pictures[kind] = torch.from_numpy(np.frombuffer(room, np.uint8, math.prod(shape), at).reshape(shape))
+            pictures[kind] = torch.from_numpy(np.ndarray(shape, np.uint8, room, at))
             at += math.prod(shape)
         self.pictures, self.ready = pictures, ready
 
