@@ -156,7 +156,7 @@ def data_zip(path: str | Path = "") -> Path:
     given = str(path) or os.environ.get("DATA_ZIP", "")
     if given:
         given = Path(given).expanduser()
-        if in_colab() and DRIVE in given.absolute().parents:
+        if in_colab() and _on_drive(given.absolute()):
             _drive_folder()  # mounts Drive
         # A notebook's kernel starts in notebooks/, so the path may also be meant from the project's folder.
         found = next((path for path in (given, ROOT / given) if path.exists()), None)
@@ -168,7 +168,7 @@ def data_zip(path: str | Path = "") -> Path:
             found = workspace() / "scenes.zip"
         if not (copies.in_time(lambda moved: _is_there(found)) if copies else found.exists()):
             return ROOT / "assets" / "sample.zip"
-    return found if found.is_dir() or DRIVE not in found.resolve().parents else _copy_from_drive(found)
+    return _copy_from_drive(found) if _on_drive(found.resolve()) and not found.is_dir() else found
 
 
 def _copy_from_drive(path: Path) -> Path:
@@ -647,17 +647,15 @@ def _stamp(file: Path | int) -> tuple[int, int]:
 def _stamp_there(file: Path, stamp: tuple[int, int]) -> tuple[int, int] | None:
     """The stamp, if the file on Drive has it: then an earlier process has copied it. Drive counts milliseconds."""
     try:
-        there = _stamp(file)
+        time_ns, size = _stamp(file)
     except FileNotFoundError:
         return None
-    same = abs(there[0] - stamp[0]) < 10**7 and stamp[1] in (0, there[1])
-    return stamp if same else None
+    return stamp if abs(time_ns - stamp[0]) < 10**7 and stamp[1] in (0, size) else None
 
 
 def _progress(folder: Path) -> tuple[tuple, dict] | None:
     """How far a run in a folder is, and its settings. None where there is no run. Raises OSError where Drive fails."""
-    settings = _settings(folder)
-    if settings is None:
+    if (settings := _settings(folder)) is None:
         return None
     table = folder / "metrics.csv"
     rows = len(table.read_text().splitlines()[1:]) if _is_there(table) else 0
@@ -1050,8 +1048,7 @@ class ZipDataset(torch.utils.data.Dataset):
     def _scale(self, kind: str, whole: bool) -> dict[str, int]:
         """What simplejpeg is asked for: pictures scaled to half their size or less, which saves time, but still twice as large
         as needed, which keeps the difference small (README has it). Masks are decoded whole."""
-        whole = whole or kind == "mask"
-        return {} if whole else {"min_height": 2 * self.size, "min_width": 2 * self.size, "min_factor": 2}
+        return {} if whole or kind == "mask" else {"min_height": 2 * self.size, "min_width": 2 * self.size, "min_factor": 2}
 
     def _open(self, kind: str, file: int, whole: bool = False) -> tuple[memoryview | bytes | Image.Image, tuple[int, int], int]:
         """The bytes of a JPEG or else the opened picture, how large it will be, (height, width), and the file's size."""
@@ -1331,8 +1328,8 @@ class _Cache:
             shapes = shapes if _bytes_of(shapes) < _MAX_SHARE["memory"] * self._free["memory"] else {}
         counts = {kind: shape[0] for kind, shape in shapes.items()}
         if place == "gpu":
-            pictures = {kind: torch.empty(shape, dtype=torch.uint8, device=DEVICE) for kind, shape in shapes.items()}
-            self.pictures, self.ready = pictures, {kind: np.zeros(count, bool) for kind, count in counts.items()}
+            self.ready = {kind: np.zeros(count, bool) for kind, count in counts.items()}
+            self.pictures = {kind: torch.empty(shape, dtype=torch.uint8, device=DEVICE) for kind, shape in shapes.items()}
             return
         # Memory that forked processes share, or a file: a page for the key, what is ready, the pictures. Pages that nobody
         # has written take no room.
@@ -1343,7 +1340,7 @@ class _Cache:
             ready[kind] = np.frombuffer(room, bool, count, at)
             at += count
         for kind, shape in shapes.items():
-            pictures[kind] = torch.from_numpy(np.frombuffer(room, np.uint8, math.prod(shape), at).reshape(shape))
+            pictures[kind] = torch.from_numpy(np.ndarray(shape, np.uint8, room, at))
             at += math.prod(shape)
         self.pictures, self.ready = pictures, ready
 
@@ -2413,9 +2410,8 @@ class Config:
     def __post_init__(self):
         for part in self.name.split("/"):
             if not part.strip(". ") or part != part.strip() or set(part) & set('\\:*?"<>|'):
-                raise ValueError(
-                    f"name is {self.name!r}; it must be a path of folders below the workspace, such as losses/dice."
-                )
+                expected = "it must be a path of folders below the workspace, such as losses/dice."
+                raise ValueError(f"name is {self.name!r}; {expected}")
         _known(self.split, ("unseen", "image"), "split")
         _known(self.defects, ("stop", "leave_out"), "choice of defects")
         _known(self.model, MODELS, "model")
@@ -2700,8 +2696,7 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     folder = work_folder() / config.name
     with _alone(config.name) if process == 0 else contextlib.nullcontext():
         with local_first():  # what goes to the local disk, the others find there
-            choices = config.size, config.depth_near, config.subset, config.cache, config.defects
-            ds = open_zip(data_zip(config.data), *choices)
+            ds = open_zip(data_zip(config.data), config.size, config.depth_near, config.subset, config.cache, config.defects)
         parts = parts_of(config, ds)
         settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint}
         _refuse_another(_settings(folder), settings)
@@ -3625,7 +3620,6 @@ def _save_images(folder: Path, model: nn.Module, ds: ZipDataset, watched: dict[s
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-
     kinds, tiles = ("bg", "fg_bg", "mask", "mask_predicted", "depth", "depth_predicted"), []
     for name, indices in watched.items():
         batch = _predict_batch(model, ds, indices, precision)
@@ -3640,8 +3634,7 @@ def _save_images(folder: Path, model: nn.Module, ds: ZipDataset, watched: dict[s
     head = Image.new("L", (sheet.shape[2], 12), "white")
     for i, kind in enumerate(kinds):
         ImageDraw.Draw(head).text((i * (ds.size + 2) + 2, 0), kind.replace("_", " "), fill="black")
-    head = torch.from_numpy(np.array(head) / np.float32(255)).expand(3, -1, -1)
-    _save_picture(torch.cat([head, sheet], 1), part / "sheet.png")
+    _save_picture(torch.cat([(pil_to_tensor(head) / 255).expand(3, -1, -1), sheet], 1), part / "sheet.png")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
 
