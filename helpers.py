@@ -459,7 +459,8 @@ class _Copies:
                 place = place.with_suffix("")
                 place.mkdir()
                 with zipfile.ZipFile(io.BytesIO(file.read_bytes())) as packed:
-                    packed.extractall(place)  # a name that leads elsewhere stays within
+                    for name in packed.namelist():  # of a path that leads elsewhere, its last part
+                        (place / Path(name).name).write_bytes(packed.read(name))
             else:
                 with open(file, "rb") as there, open(place, "wb") as here:
                     _transfer(there, here, moved)
