@@ -127,7 +127,7 @@ REFUSED = {
         "is 76,",
     ),
     "a mask in light grey": ("mask", encoded(PICTURE["mask"] // 255 * 150), "of its object, is grey"),
-    "a jpeg of countless scans": ("fg_bg", jpeg_of_scans(700), "more than 100 scans"),
+    "a jpeg of countless scans": ("fg_bg", jpeg_of_scans(1500), "more than 100 scans"),
     "postscript": ("fg_bg", saved(Image.fromarray(PICTURE["fg_bg"]), "EPS"), "none of PNG, JPEG"),
     "tiff": ("fg_bg", saved(Image.fromarray(PICTURE["fg_bg"]), "TIFF"), "none of PNG, JPEG"),
 }
