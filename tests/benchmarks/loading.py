@@ -154,7 +154,7 @@ def stages(path, size):
             for kind in KINDS[1:]:
                 files = files_of(ds, kind, batch)
                 clock("reading and checking", each, ds._read, files)
-                sources, shapes = zip(*clock("headers", each, partial(ds._open, kind), files), strict=True)
+                sources, shapes, _ = zip(*clock("headers", each, partial(ds._open, kind), files), strict=True)
                 pictures = torch.empty(len(files), *shapes[0], CHANNELS[kind], dtype=torch.uint8)
                 clock("decoding", each, partial(ds._decode, kind), files, sources, pictures.numpy())
                 clock("resizing", _resize_masks if kind == "mask" else _resize, pictures, size)
