@@ -389,7 +389,7 @@ class _Copies:
     def report(self) -> str:
         """What is on Drive and what is not."""
         there = sum(stamp is not None for stamp in self.copied.copy().values())
-        sentences = [f"On Google Drive, in {self.drive}: {there} files, each read back and compared."]
+        sentences = [f"On Google Drive, in {self.drive}: {there:,} file{'s' * (there != 1)}, read back and compared."]
         sentences += [f"Not there: {name}, as {why}. It is in {self.local}." for name, why in self.refused.copy().items()]
         if self.wanted:
             missing, why = ", ".join(self.wanted), self.trouble or "there was no time yet"
