@@ -315,7 +315,7 @@ def test_what_reads_otherwise_than_it_was_written_is_copied_again(faulty, config
     (faulty.local / "photo.jpg").write_bytes(os.urandom(300_000))
     faulty.fail("garble 0")
     keep(faulty.local / "photo.jpg")
-    assert " 1 files" in drive_report(patience=60)
+    assert " 1 file, " in drive_report(patience=60)
     assert failures == ["what was written reads otherwise"]
     assert files(faulty.behind / PROJECT) == {"photo.jpg": (faulty.local / "photo.jpg").read_bytes()}
 
