@@ -2804,7 +2804,7 @@ class _Training:
 
     def __init__(self, config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], folder: Path, settings: dict, quiet: bool):
         self.config, self.ds, self.parts, self.folder, self.quiet = config, ds, parts, folder, quiet
-        self.settings = settings  # what the checkpoint is checked against
+        self.settings = _decisive(settings)  # what the checkpoint is checked against
         self.process, self.processes = _processes()
         self.model = MODELS[config.model]().to(DEVICE, memory_format=torch.channels_last)
         if hasattr(self.model, "stride"):
@@ -2884,13 +2884,14 @@ class _Training:
         return f"batch {self.within['done']} of epoch {len(self.history) + 1}"
 
     def save(self, within: dict | None = None) -> None:
-        """Writes a checkpoint, in the midst of an epoch with what that needs, and has it copied."""
+        """Writes a checkpoint, in the midst of an epoch with what that needs, else with the tables; and has it copied."""
         if self.process == 0:
             states = {name: part.state_dict() for name, part in self._parts().items()}
-            about = {"history": self.history, "seconds": self.seconds, "best": self.best, "within": within}
-            about["settings"] = _decisive(self.settings)
+            about = {name: getattr(self, name) for name in ("history", "seconds", "best", "settings")} | {"within": within}
             before = self.folder / "checkpoint_before.pt" if self.sound else None  # a damaged one is not worth it
             _save(self.folder / "checkpoint.pt", states | about, before)
+            if within is None:
+                _write_tables(self.folder, self.history, self.seconds)  # never ahead of the checkpoint
             keep(self.folder)
         self.sound, self.within, self.checkpoint_at = True, within, time.monotonic() + 60 * self.config.checkpoint_minutes
 
@@ -2919,8 +2920,6 @@ class _Training:
                 self.best = {name: tensor.cpu().clone() for name, tensor in self.measured.state_dict().items()}
                 _save(self.folder / "best.pt", self.best)
         self.save()
-        if self.process == 0:
-            _write_tables(self.folder, self.history, self.seconds)
         if not self.quiet:
             means = f"loss {valid['loss']:.3f}  IoU {valid['iou']:.3f}  RMSE {valid['rmse']:.3f}"
             speed = f"({len(self.parts['train']) / seconds:.0f} images/s)"

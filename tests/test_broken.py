@@ -393,16 +393,12 @@ def test_columns_that_are_missing_count_as_samples_left_out(write_zip, tmp_path,
 
 def test_a_drive_that_fails_while_defects_are_looked_for_is_no_defect(write_zip, tmp_path, monkeypatch):
     write_zip(tmp_path / "a.zip")
-    right = helpers._File.read
+    assert len(ZipDataset(tmp_path / "a.zip", size=24, defects="leave_out")) == 24
 
-    def read(file, start, size):
-        if size < 1000:  # not the directory
-            raise OSError(5, "Input/output error")
-        return right(file, start, size)
+    def failing(*_):
+        raise OSError(5, "Input/output error")
 
-    ds = ZipDataset(tmp_path / "a.zip", size=24)
-    monkeypatch.setattr(helpers, "_read_entry", lambda *_: read(None, 0, 1))
-    assert len(ds) == 24
+    monkeypatch.setattr(helpers, "_read_entry", failing)
     with pytest.raises(ValueError, match="Errno 5, Input/output error"):
         ZipDataset(tmp_path / "a.zip", size=24, defects="leave_out")
 
