@@ -2002,6 +2002,104 @@ class TwoHeadResNet(nn.Module):
         return self.mask_head(joined), self.depth_head(joined).sigmoid()
 
 
+class FullSizeDecoder(nn.Module):
+    """From an encoder's features, largest first, back to the size of the pictures: nearest doubling, the encoder's features of
+    that size beside it, a residual block. The largest features are of 1/`unshuffle` of the size; their channels are spread over
+    the pixels that each stands for (Shi et al., Sub-Pixel Convolution, 2016), and laid beside `detail` channels that a single
+    convolution makes of the pictures themselves: outlines come from there."""
+
+    def __init__(self, widths: Sequence[int], pictures: int, outputs: int, unshuffle: int = 2, detail: int = 16):
+        super().__init__()
+        self.up = nn.ModuleList(nn.Upsample(scale_factor=2) for _ in widths[1:])
+        self.mix = nn.ModuleList(BasicBlock(below + here, here) for below, here in zip(widths[:0:-1], widths[-2::-1], strict=True))
+        self.spread = nn.PixelShuffle(unshuffle)
+        self.detail = self._conv(pictures, detail)
+        self.join = self._conv(detail + widths[0] // unshuffle**2, detail)
+        self.head = nn.Conv2d(detail, outputs, 3, padding=1)
+
+    @staticmethod
+    def _conv(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+    def forward(self, features: Sequence[Tensor], pictures: Tensor) -> Tensor:
+        x = features[-1]
+        for up, mix, here in zip(self.up, self.mix, features[-2::-1], strict=True):
+            x = mix(torch.cat([up(x), here], 1))
+        return self.head(self.join(torch.cat([self.detail(pictures), self.spread(x)], 1)))
+
+
+def with_difference(bg: Tensor, fg_bg: Tensor) -> Tensor:
+    """Both pictures, what is new in the second, and how much that is, four times enlarged: (N, 12, H, W). An object as bright as
+    what it hides differs by a few hundredths, which bfloat16 would round away if the network had to subtract by itself."""
+    difference = fg_bg - bg
+    return torch.cat([bg, fg_bg, difference, 4 * difference.abs()], 1)
+
+
+class DifferenceUNet(nn.Module):
+    """The project's own: a U-Net of residual blocks that is given the difference of the two pictures beside them.
+
+    Squares of `unshuffle` x `unshuffle` pixels become channels before the first convolution, so that nothing but two thin
+    convolutions works at full size; one decoder makes mask and depth. `widths` are the channels at 1/2, 1/4, 1/8 and
+    1/16 of the size. Notebook 02 has the reason behind each part, with an experiment.
+    """
+
+    inputs = staticmethod(with_difference)
+
+    def __init__(self, widths: Sequence[int] = (32, 64, 128, 192), unshuffle: int = 2, detail: int = 16):
+        super().__init__()
+        self.stride = unshuffle * 2 ** (len(widths) - 1)
+        channels = self.inputs(*torch.zeros(2, 1, 3, 1, 1)).shape[1]
+        self.stem = nn.Sequential(nn.PixelUnshuffle(unshuffle), BasicBlock(channels * unshuffle**2, widths[0]))
+        self.encoder = nn.ModuleList(nn.Sequential(nn.MaxPool2d(2), BasicBlock(*pair)) for pair in itertools.pairwise(widths))
+        self.decoder = FullSizeDecoder(widths, channels, 2, unshuffle, detail)
+
+    def forward(self, bg: Tensor, fg_bg: Tensor) -> tuple[Tensor, Tensor]:
+        check_size(self, *bg.shape[2:])
+        pictures = self.inputs(bg, fg_bg)
+        features = [self.stem(pictures)]
+        for block in self.encoder:
+            features.append(block(features[-1]))
+        mask_logits, depth = self.decoder(features, pictures).split(1, 1)
+        return mask_logits, depth.sigmoid()
+
+
+class ResNet18UNet(nn.Module):
+    """A U-Net whose encoder is ResNet-18 up to its third stage, so that it can start from weights trained on ImageNet: see
+    `load_imagenet`. Inputs and decoder are those of DifferenceUNet."""
+
+    stride = 16
+
+    def __init__(self):
+        super().__init__()
+        encoder = torchvision.models.resnet18()
+        self.conv1 = nn.Conv2d(12, 64, 7, 2, padding=3, bias=False)
+        self.bn1, self.relu, self.maxpool = encoder.bn1, encoder.relu, encoder.maxpool
+        self.layer1, self.layer2, self.layer3 = encoder.layer1, encoder.layer2, encoder.layer3
+        self.decoder = FullSizeDecoder((64, 64, 128, 256), 12, 2)
+
+    def load_imagenet(self) -> None:
+        """Takes the encoder's weights from torchvision, which downloads 45 MB, once. The first convolution sees `fg_bg` as it
+        saw ImageNet's pictures (their normalisation goes into the weights), and nothing else yet."""
+        state = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
+        mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+        first = state["conv1.weight"] / deviation
+        own = {name: value for name, value in state.items() if name.startswith(("bn1", "layer1", "layer2", "layer3"))}
+        own["bn1.running_mean"] = own["bn1.running_mean"] + (first * mean).sum((1, 2, 3))
+        own["conv1.weight"] = torch.zeros_like(self.conv1.weight, device="cpu")
+        own["conv1.weight"][:, 3:6] = first
+        self.load_state_dict(own | {k: v for k, v in self.state_dict().items() if k.startswith("decoder")})
+
+    def forward(self, bg: Tensor, fg_bg: Tensor) -> tuple[Tensor, Tensor]:
+        check_size(self, *bg.shape[2:])
+        pictures = with_difference(bg, fg_bg)
+        features = [self.relu(self.bn1(self.conv1(pictures)))]
+        features.append(self.layer1(self.maxpool(features[-1])))
+        features.append(self.layer2(features[-1]))
+        features.append(self.layer3(features[-1]))
+        mask_logits, depth = self.decoder(features, pictures).split(1, 1)
+        return mask_logits, depth.sigmoid()
+
+
 # Every network: mask_logits, depth = model(bg, fg_bg), each (N, 1, H, W); depth is in [0, 1]. Its attribute `stride`, where
 # it has one, must divide height and width.
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -2010,6 +2108,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "dual_stream": DualStream,
     "twin_unet": TwinUNet,
     "two_head_resnet": TwoHeadResNet,
+    "difference_unet": DifferenceUNet,
+    "resnet18_unet": ResNet18UNet,
 }
 
 
@@ -2401,7 +2501,8 @@ class Config:
     clip_norm: float = 0.0  # the network's gradients are scaled down to this norm; 0: never
     batch_size: int = 16
     epochs: int = 10
-    augment: str = "mirror"  # or "colour", "mirror+colour", "none"
+    augment: str = "mirror"  # or "none", or several of "mirror", "compose", "colour", "shake", joined by +
+    start: str = ""  # weights to begin with: "imagenet" for the encoder of resnet18_unet, or what load_model takes; empty: random
     average: float = 0.0  # of the weights over the steps: what is measured and kept decays by this factor a step; 0: none
     precision: str = "auto"  # or "float32", "bfloat16", "float16"
     cache: str = "auto"  # where decoded pictures are kept, as ZipDataset means it: "gpu", "memory", "disk", "none"
@@ -2418,7 +2519,8 @@ class Config:
         _known(self.model, MODELS, "model")
         _known(self.optimizer, OPTIMIZERS, "optimizer")
         _known(self.schedule, SCHEDULES, "schedule")
-        _known(self.augment, ("none", "mirror", "colour", "mirror+colour"), "augment")
+        for one in self.augment.split("+") if self.augment != "none" else ():
+            _known(one, AUGMENTATIONS, "augmentation")
         _known(self.precision, ("auto", *PRECISIONS), "precision")
         _known(self.cache, ("auto", *CACHES), "cache")
         _known(self.depth_near, ("dark", "bright"), "depth_near")
@@ -2529,6 +2631,119 @@ def jitter_colours(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict
     pairs = (middle + contrast[..., None] * (pairs - middle)).clamp(0, 1)
     bg, fg_bg = pairs.permute(0, 3, 1, 2).chunk(2, 3)
     return batch | {"bg": bg, "fg_bg": fg_bg}
+
+
+def _warp(pictures: Tensor, x: Tensor, y: Tensor, scale: Tensor | float = 1.0, padding: str = "border") -> Tensor:
+    """Pictures (N, C, H, W) moved by x and y, shares of the picture, and enlarged by `scale`, each (N,); a negative first entry
+    of a scale (N, 2) mirrors."""
+    theta = torch.zeros(len(pictures), 2, 3, device=pictures.device)
+    theta[:, [0, 1], [0, 1]] = 1 / torch.as_tensor(scale, device=pictures.device).expand(len(pictures), 2)
+    theta[:, :, 2] = -2 * torch.stack([x, y], 1) * theta[:, [0, 1], [0, 1]]
+    grid = F.affine_grid(theta, pictures.shape, align_corners=False)
+    return F.grid_sample(pictures, grid, padding_mode=padding, align_corners=False)
+
+
+def compose(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict[str, Tensor]:
+    """Augmentation: new pictures from known parts. Every other sample keeps its object, which is mirrored or not, made smaller or
+    larger by up to a quarter and moved by up to a quarter of the picture, but is put before the next sample's background; for
+    half of these, that is the next sample's picture with the object in it, so that what stands there is not always the object.
+
+    The new depth is the next sample's, and unknown where an object covers it: the batch gets a picture `known` (N, 1, H, W), 0
+    there and 1 elsewhere, and training leaves out the rest. An object's outermost pixels are a mixture with the background that
+    it came from: outside of the mask, what it changed there is added to the new background.
+
+    `draw` (N, 6), numbers in [0, 1), decides; by default it is drawn here."""
+    draw = torch.rand(len(batch["bg"]), 6, device=batch["bg"].device) if draw is None else draw
+    chosen, busy, flip = (column[:, None, None, None] < 0.5 for column in draw[:, :3].T)
+    scale = (0.75 + 0.5 * draw[:, 3])[:, None] * torch.stack([torch.where(flip.flatten(), -1.0, 1.0), torch.ones_like(draw[:, 3])], 1)
+    change = torch.cat([batch["fg_bg"], batch["fg_bg"] - batch["bg"], batch["mask"]], 1)
+    cut_out, change, mask = _warp(change, *(draw[:, 4:] - 0.5).T / 2, scale, "zeros").split((3, 3, 1), 1)
+    mask = (mask > 0.5).float()
+    rim = F.max_pool2d(mask, 3, 1, padding=1) - mask
+    after = {kind: pictures.roll(-1, 0) for kind, pictures in batch.items()}
+    bg = torch.where(busy, after["fg_bg"], after["bg"])
+    known = (1 - mask) * torch.where(busy, 1, 1 - after["mask"])
+    fg_bg = torch.where(mask > 0, cut_out, (bg + rim * change).clamp(0, 1))
+    new = {"bg": bg, "fg_bg": fg_bg, "mask": mask, "depth": after["depth"], "known": known}
+    old = batch | {"known": torch.ones_like(known)}
+    return {kind: torch.where(chosen, new[kind], old[kind]) for kind in old}
+
+
+# Tables K.1 and K.2 of the JPEG standard (ITU-T T.81): how coarsely each frequency of a block is kept at quality 50.
+_JPEG_LUMA = (
+    (16, 11, 10, 16, 24, 40, 51, 61),
+    (12, 12, 14, 19, 26, 58, 60, 55),
+    (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62),
+    (18, 22, 37, 56, 68, 109, 103, 77),
+    (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101),
+    (72, 92, 95, 98, 112, 100, 103, 99),
+)
+_JPEG_CHROMA = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 99, 99))  # 99 beyond
+
+
+@functools.cache
+def _jpeg_constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The cosines of an 8 x 8 block; the two tables (2, 8, 8); the matrix from RGB to luma and two colour differences."""
+    k = torch.arange(8, dtype=torch.double)
+    cosines = torch.cos(math.pi * (2 * k + 1) * k[:, None] / 16) / 2
+    cosines[0] /= 2**0.5
+    tables = torch.stack([torch.tensor(_JPEG_LUMA), F.pad(torch.tensor(_JPEG_CHROMA), (0, 4, 0, 4), value=99)])
+    colours = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+    return cosines.float().to(device), tables.float().to(device), colours.to(device)
+
+
+def jpeg(pictures: Tensor, quality: Tensor) -> Tensor:
+    """Pictures (N, 3, H, W) in [0, 1] as they come out of a JPEG file of this quality (N,), 1 to 100, with colours at half the
+    size; computed on the device. H and W are multiples of 16 (else ValueError)."""
+    if pictures.shape[2] % 16 or pictures.shape[3] % 16:
+        raise ValueError(f"JPEG has blocks of 16 pixels: {pictures.shape[2]} x {pictures.shape[3]} do not divide by that.")
+    cosines, tables, colours = _jpeg_constants(pictures.device)
+    percent = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)
+    tables = ((tables * percent.view(-1, 1, 1, 1) + 50) / 100).floor().clamp(1, 255)
+
+    def code(plane: Tensor, table: Tensor) -> Tensor:
+        n, channels, height, width = plane.shape
+        blocks = plane.reshape(n, channels, height // 8, 8, width // 8, 8).transpose(3, 4)
+        table = table[:, None, None, None]
+        blocks = cosines.T @ ((cosines @ blocks @ cosines.T / table).round() * table) @ cosines
+        return blocks.transpose(3, 4).reshape(plane.shape)
+
+    planes = torch.einsum("cd,ndhw->nchw", colours, 255 * pictures.float())
+    luma = code(planes[:, :1] - 128, tables[:, 0]) + 128
+    chroma = F.interpolate(code(F.avg_pool2d(planes[:, 1:], 2), tables[:, 1]), scale_factor=2, mode="bilinear")
+    planes = torch.cat([luma, chroma], 1)
+    return (torch.einsum("cd,ndhw->nchw", colours.inverse(), planes) / 255).clamp(0, 1)
+
+
+def shake(batch: dict[str, Tensor], draw: Tensor | None = None, noise: Tensor | None = None) -> dict[str, Tensor]:
+    """Augmentation: what happens between two shots with a camera in hand. Each of these to three samples in ten: `bg` is moved by
+    up to 2.5 pixels of 192; its light changes by up to 12 %, that of a colour by up to 4 % more; a soft shadow falls on `fg_bg`,
+    which takes up to half of the light; both get noise of up to 3 %; both are saved as JPEG, of qualities 25 to 95. A network
+    that has never seen this takes everything for the object where the background is slightly off (Lin et al., Real-Time
+    High-Resolution Background Matting, 2020, train against the same).
+
+    `draw` (N, 17), numbers in [0, 1), and `noise` (N, 6, H, W), of deviation 1, decide; by default they are drawn here."""
+    bg, fg_bg = batch["bg"], batch["fg_bg"]
+    n, _, height, width = bg.shape
+    draw = torch.rand(n, 17, device=bg.device) if draw is None else draw
+    noise = torch.randn(n, 6, height, width, device=bg.device) if noise is None else noise
+    moves, relights, shades, roughens, codes = (draw[:, :5] < 0.3).T[..., None, None, None]
+    draw, column = draw[:, 5:], draw[:, 5:, None, None]
+    bg = torch.where(moves, _warp(bg, *(draw[:, :2].T - 0.5) * 5 / 192), bg)
+    light = 1 + 0.24 * (column[:, 2:3] - 0.5) + 0.08 * (column[:, 3:6] - 0.5)
+    bg = torch.where(relights, (bg * light).clamp(0, 1), bg)
+    y, x = (torch.linspace(0, 1, side, device=bg.device) for side in (height, width))
+    away = ((x[None, None, None] - column[:, 6:7]) / 0.2) ** 2 + ((y[None, None, :, None] - column[:, 7:8]) / 0.1) ** 2
+    fg_bg = torch.where(shades, fg_bg * (1 - 0.5 * column[:, 8:9] * (-away).exp()), fg_bg)
+    pair = torch.cat([bg, fg_bg], 1)
+    pair = torch.where(roughens, (pair + 0.03 * column[:, 9:10] * noise).clamp(0, 1), pair)
+    bg, fg_bg = (torch.where(codes, jpeg(one, 25 + 70 * draw[:, 10 + k]), one) for k, one in enumerate(pair.split(3, 1)))
+    return batch | {"bg": bg, "fg_bg": fg_bg}
+
+
+AUGMENTATIONS = ("mirror", "compose", "colour", "shake")  # in the order in which they are done
 
 
 # ---------- Runs: several processes, and batches made ahead ------------------------------------------------------------
@@ -2806,7 +3021,7 @@ class _Training:
         self.config, self.ds, self.parts, self.folder, self.quiet = config, ds, parts, folder, quiet
         self.settings = _decisive(settings)  # what the checkpoint is checked against
         self.process, self.processes = _processes()
-        self.model = MODELS[config.model]().to(DEVICE, memory_format=torch.channels_last)
+        self.model = _begin(config).to(DEVICE, memory_format=torch.channels_last)
         if hasattr(self.model, "stride"):
             check_size(self.model, config.size, config.size)
         if self.processes > 1:
@@ -2944,6 +3159,7 @@ class _Training:
         """
         config, model, optimizer, process, processes = self.config, self.model, self.optimizer, self.process, self.processes
         epoch, within, indices = len(self.history) + 1, self.within, self.parts["train"]
+        augment = config.augment.split("+")
         self.step.train()
         if within is None:
             _seed(config.seed * 1_000_003 + epoch)
@@ -2966,10 +3182,15 @@ class _Training:
         with tqdm(total=len(order), **about, **show) as bar:
             for done, (whole, batch) in enumerate(zip(batches[within["done"] :], ahead, strict=True), within["done"] + 1):
                 batch = to_float(batch, DEVICE)
-                if "mirror" in config.augment:
+                if "mirror" in augment:
                     batch = mirror(batch, torch.rand(len(whole), device=DEVICE)[share])
-                if "colour" in config.augment:
+                if "compose" in augment:
+                    batch = compose(batch, torch.rand(len(whole), 6, device=DEVICE)[share])
+                if "colour" in augment:
                     batch = jitter_colours(batch, torch.rand(len(whole), 4, device=DEVICE)[share])
+                if "shake" in augment:
+                    noise = torch.randn(len(whole), 6, config.size, config.size, device=DEVICE)
+                    batch = shake(batch, torch.rand(len(whole), 17, device=DEVICE)[share], noise[share])
                 counted = len(batch["bg"])
                 loss = self.step(batch)
                 optimizer.zero_grad()
@@ -3083,6 +3304,22 @@ class _StopButton:
             signal.raise_signal(number)
 
 
+def _begin(config: Config) -> nn.Module:
+    """The network with the weights that it begins with."""
+    model = MODELS[config.model]()
+    if config.start == "imagenet":
+        if not hasattr(model, "load_imagenet"):
+            able = ", ".join(name for name, make in MODELS.items() if hasattr(make, "load_imagenet"))
+            raise ValueError(f"start is 'imagenet', but {config.model} has no encoder of ImageNet's. Take {able}.")
+        model.load_imagenet()
+    elif config.start:
+        found = load_model(config.start)
+        if found.state_dict().keys() != model.state_dict().keys():
+            raise ValueError(f"start is {config.start!r}, which holds a {type(found).__name__}, and model is {config.model!r}.")
+        model.load_state_dict(found.state_dict())
+    return model
+
+
 def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
@@ -3187,7 +3424,10 @@ class _Step(nn.Module):
         # Of an empty share, torch's SyncBatchNorm sends sums in its input's type; the others expect float32.
         with autocast(self.precision if len(batch["bg"]) else "float32"):
             mask_logits, depth = self.model(batch["bg"], batch["fg_bg"])
-        pictures = (mask_logits, depth, batch["mask"], batch["depth"])
+        depth_true = batch["depth"]
+        if "known" in batch:  # elsewhere the prediction counts as right
+            depth_true = torch.where(batch["known"] > 0, depth_true, depth.detach().float())
+        pictures = (mask_logits, depth, batch["mask"], depth_true)
         if not len(depth):  # the last batch left nothing for this process: a black picture, which counts nothing
             pictures = [F.pad(some, (0, 0, 0, 0, 0, 0, 0, 1)) for some in pictures]
         return self.loss(*pictures)
