@@ -2039,8 +2039,9 @@ class DifferenceUNet(nn.Module):
     """The project's own: a U-Net of residual blocks that is given the difference of the two pictures beside them.
 
     Squares of `unshuffle` x `unshuffle` pixels become channels before the first convolution, so that nothing but two thin
-    convolutions works at full size; one decoder makes mask and depth. `widths` are the channels at 1/2, 1/4, 1/8 and
-    1/16 of the size. Notebook 02 has the reason behind each part, with an experiment.
+    convolutions works at full size; one decoder makes mask and depth. `widths` are the channels at 1/2, 1/4, 1/8 and 1/16 of the
+    size. Of the smallest features, every fifth is left out at random while it trains, so that a room is not known by one of them
+    alone. Notebook 02 has the reason behind each part, with an experiment.
     """
 
     inputs = staticmethod(with_difference)
@@ -2051,6 +2052,7 @@ class DifferenceUNet(nn.Module):
         channels = self.inputs(*torch.zeros(2, 1, 3, 1, 1)).shape[1]
         self.stem = nn.Sequential(nn.PixelUnshuffle(unshuffle), BasicBlock(channels * unshuffle**2, widths[0]))
         self.encoder = nn.ModuleList(nn.Sequential(nn.MaxPool2d(2), BasicBlock(*pair)) for pair in itertools.pairwise(widths))
+        self.dropout = nn.Dropout2d(0.2)
         self.decoder = FullSizeDecoder(widths, channels, 2, unshuffle, detail)
 
     def forward(self, bg: Tensor, fg_bg: Tensor) -> tuple[Tensor, Tensor]:
@@ -2059,6 +2061,7 @@ class DifferenceUNet(nn.Module):
         features = [self.stem(pictures)]
         for block in self.encoder:
             features.append(block(features[-1]))
+        features[-1] = self.dropout(features[-1])
         mask_logits, depth = self.decoder(features, pictures).split(1, 1)
         return mask_logits, depth.sigmoid()
 
