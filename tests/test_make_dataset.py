@@ -139,6 +139,12 @@ def test_depth_scale_grows_from_0_to_1(nb, indoors, far):
     assert (np.diff(scaled[:-1]) > 0).all()
 
 
+def test_no_ray_leaves_a_room_between_two_walls(nb):
+    """In this one, of the first 600, a ray just misses both the ceiling and the wall behind it, by rounding."""
+    number, size = 537, 192
+    assert np.isfinite(nb.make_backdrop(0, number, size).ray_depth).all()
+
+
 # The object in the scene
 
 
