@@ -2633,13 +2633,16 @@ def jitter_colours(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict
     return batch | {"bg": bg, "fg_bg": fg_bg}
 
 
-def _warp(pictures: Tensor, x: Tensor, y: Tensor, scale: Tensor | float = 1.0, padding: str = "border") -> Tensor:
-    """Pictures (N, C, H, W) moved by x and y, shares of the picture, and enlarged by `scale`, each (N,); a negative first entry
-    of a scale (N, 2) mirrors."""
-    theta = torch.zeros(len(pictures), 2, 3, device=pictures.device)
-    theta[:, [0, 1], [0, 1]] = 1 / torch.as_tensor(scale, device=pictures.device).expand(len(pictures), 2)
-    theta[:, :, 2] = -2 * torch.stack([x, y], 1) * theta[:, [0, 1], [0, 1]]
-    grid = F.affine_grid(theta, pictures.shape, align_corners=False)
+def _warp(
+    pictures: Tensor, x: Tensor, y: Tensor, width: Tensor | float = 1.0, height: Tensor | float = 1.0, padding: str = "border"
+) -> Tensor:
+    """Pictures (N, C, H, W) moved by x and y, shares of the picture, and enlarged in width and height, each (N,); a negative
+    width mirrors."""
+    if not len(pictures):  # as a process's share of the last batch may be; affine_grid refuses that
+        return pictures
+    zero = torch.zeros_like(x)
+    theta = torch.stack([zero + 1 / width, zero, -2 * x / width, zero, zero + 1 / height, -2 * y / height], 1)
+    grid = F.affine_grid(theta.view(-1, 2, 3), pictures.shape, align_corners=False)
     return F.grid_sample(pictures, grid, padding_mode=padding, align_corners=False)
 
 
@@ -2654,10 +2657,11 @@ def compose(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict[str, T
 
     `draw` (N, 6), numbers in [0, 1), decides; by default it is drawn here."""
     draw = torch.rand(len(batch["bg"]), 6, device=batch["bg"].device) if draw is None else draw
-    chosen, busy, flip = (column[:, None, None, None] < 0.5 for column in draw[:, :3].T)
-    scale = (0.75 + 0.5 * draw[:, 3])[:, None] * torch.stack([torch.where(flip.flatten(), -1.0, 1.0), torch.ones_like(draw[:, 3])], 1)
+    chosen, busy = (column[:, None, None, None] < 0.5 for column in draw[:, :2].T)
+    scale = 0.75 + 0.5 * draw[:, 3]
     change = torch.cat([batch["fg_bg"], batch["fg_bg"] - batch["bg"], batch["mask"]], 1)
-    cut_out, change, mask = _warp(change, *(draw[:, 4:] - 0.5).T / 2, scale, "zeros").split((3, 3, 1), 1)
+    warped = _warp(change, *(draw[:, 4:] - 0.5).T / 2, torch.where(draw[:, 2] < 0.5, -scale, scale), scale, "zeros")
+    cut_out, change, mask = warped.split((3, 3, 1), 1)
     mask = (mask > 0.5).float()
     rim = F.max_pool2d(mask, 3, 1, padding=1) - mask
     after = {kind: pictures.roll(-1, 0) for kind, pictures in batch.items()}
