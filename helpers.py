@@ -2688,14 +2688,15 @@ _JPEG_CHROMA = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 9
 
 
 @functools.cache
-def _jpeg_constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The cosines of an 8 x 8 block; the two tables (2, 8, 8); the matrix from RGB to luma and two colour differences."""
+def _jpeg_constants(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """The cosines of an 8 x 8 block; the two tables (2, 8, 8); the matrix from RGB to luma and two colour differences; its
+    inverse."""
     k = torch.arange(8, dtype=torch.double)
     cosines = torch.cos(math.pi * (2 * k + 1) * k[:, None] / 16) / 2
     cosines[0] /= 2**0.5
     tables = torch.stack([torch.tensor(_JPEG_LUMA), F.pad(torch.tensor(_JPEG_CHROMA), (0, 4, 0, 4), value=99)])
-    colours = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
-    return cosines.float().to(device), tables.float().to(device), colours.to(device)
+    colours = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]).double()
+    return [constant.to(device, dtype) for constant in (cosines, tables, colours, colours.inverse())]
 
 
 def jpeg(pictures: Tensor, quality: Tensor) -> Tensor:
@@ -2703,7 +2704,7 @@ def jpeg(pictures: Tensor, quality: Tensor) -> Tensor:
     size; computed on the device. H and W are multiples of 16 (else ValueError)."""
     if pictures.shape[2] % 16 or pictures.shape[3] % 16:
         raise ValueError(f"JPEG has blocks of 16 pixels: {pictures.shape[2]} x {pictures.shape[3]} do not divide by that.")
-    cosines, tables, colours = _jpeg_constants(pictures.device)
+    cosines, tables, colours, back = _jpeg_constants(pictures.device, pictures.dtype)
     percent = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)
     tables = ((tables * percent.view(-1, 1, 1, 1) + 50) / 100).floor().clamp(1, 255)
 
@@ -2714,11 +2715,11 @@ def jpeg(pictures: Tensor, quality: Tensor) -> Tensor:
         blocks = cosines.T @ ((cosines @ blocks @ cosines.T / table).round() * table) @ cosines
         return blocks.transpose(3, 4).reshape(plane.shape)
 
-    planes = torch.einsum("cd,ndhw->nchw", colours, 255 * pictures.float())
+    planes = torch.einsum("cd,ndhw->nchw", colours, 255 * pictures)
     luma = code(planes[:, :1] - 128, tables[:, 0]) + 128
     chroma = F.interpolate(code(F.avg_pool2d(planes[:, 1:], 2), tables[:, 1]), scale_factor=2, mode="bilinear")
     planes = torch.cat([luma, chroma], 1)
-    return (torch.einsum("cd,ndhw->nchw", colours.inverse(), planes) / 255).clamp(0, 1)
+    return (torch.einsum("cd,ndhw->nchw", back, planes) / 255).clamp(0, 1)
 
 
 def shake(batch: dict[str, Tensor], draw: Tensor | None = None, noise: Tensor | None = None) -> dict[str, Tensor]:
