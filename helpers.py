@@ -3431,7 +3431,7 @@ class _Step(nn.Module):
             mask_logits, depth = self.model(batch["bg"], batch["fg_bg"])
         depth_true = batch["depth"]
         if "known" in batch:  # elsewhere the prediction counts as right
-            depth_true = torch.where(batch["known"] > 0, depth_true, depth.detach().float())
+            depth_true = torch.where(batch["known"] > 0, depth_true, depth.detach().to(depth_true.dtype))
         pictures = (mask_logits, depth, batch["mask"], depth_true)
         if not len(depth):  # the last batch left nothing for this process: a black picture, which counts nothing
             pictures = [F.pad(some, (0, 0, 0, 0, 0, 0, 0, 1)) for some in pictures]
