@@ -2519,8 +2519,10 @@ class Config:
         _known(self.model, MODELS, "model")
         _known(self.optimizer, OPTIMIZERS, "optimizer")
         _known(self.schedule, SCHEDULES, "schedule")
-        for one in self.augment.split("+") if self.augment != "none" else ():
-            _known(one, AUGMENTATIONS, "augmentation")
+        augment = str(self.augment).split("+")
+        if self.augment != "none" and not set(augment) <= set(AUGMENTATIONS):
+            known = ", ".join(AUGMENTATIONS)
+            raise ValueError(f"augment is {self.augment!r}; it can be 'none', or one or several of {known}, joined by +.")
         _known(self.precision, ("auto", *PRECISIONS), "precision")
         _known(self.cache, ("auto", *CACHES), "cache")
         _known(self.depth_near, ("dark", "bright"), "depth_near")
@@ -2535,6 +2537,9 @@ class Config:
             raise ValueError(f"average is {self.average}; it must be 0 or more, and less than 1.")
         if self.size < 11:
             raise ValueError(f"size is {self.size}; SSIM, one of the metrics, looks at windows of 11 pixels.")
+        if "shake" in augment and self.size % 16:
+            fit = max(16, round(self.size / 16) * 16)
+            raise ValueError(f"size is {self.size}, but augment has shake, which saves JPEG in blocks of 16 pixels. Use {fit}.")
 
     def save(self, path: str | Path) -> None:
         """Writes it as JSON."""
