@@ -2079,14 +2079,22 @@ class ResNet18UNet(nn.Module):
 
     def load_imagenet(self) -> None:
         """Takes the encoder's weights from torchvision, which downloads 45 MB, once. The first convolution sees `fg_bg` as it
-        saw ImageNet's pictures (their normalisation goes into the weights), and nothing else yet."""
-        state = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
+        saw ImageNet's pictures (their normalisation goes into the weights), and nothing else yet. Raises OSError where they
+        can neither be downloaded nor read."""
+        url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
+        path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+        try:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.partition("-")[2], progress=False)
+            state = _load_state(path)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise OSError(f"ImageNet's weights cannot be had ({error}). Go online, or put {url} at {path}.") from error
         mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
         first = state["conv1.weight"] / deviation
         own = {name: value for name, value in state.items() if name.startswith(("bn1", "layer1", "layer2", "layer3"))}
         own["bn1.running_mean"] = own["bn1.running_mean"] + (first * mean).sum((1, 2, 3))
-        own["conv1.weight"] = torch.zeros_like(self.conv1.weight, device="cpu")
-        own["conv1.weight"][:, 3:6] = first
+        own["conv1.weight"] = F.pad(first, (0, 0, 0, 0, 3, 6))  # fg_bg is the second of four pictures
         self.load_state_dict(own | {k: v for k, v in self.state_dict().items() if k.startswith("decoder")})
 
     def forward(self, bg: Tensor, fg_bg: Tensor) -> tuple[Tensor, Tensor]:
