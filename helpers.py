@@ -3039,9 +3039,11 @@ class _Training:
         self.config, self.ds, self.parts, self.folder, self.quiet = config, ds, parts, folder, quiet
         self.settings = _decisive(settings)  # what the checkpoint is checked against
         self.process, self.processes = _processes()
-        self.model = _begin(config).to(DEVICE, memory_format=torch.channels_last)
+        self.model = MODELS[config.model]().to(DEVICE, memory_format=torch.channels_last)
         if hasattr(self.model, "stride"):
             check_size(self.model, config.size, config.size)
+        if not (folder / "checkpoint.pt").exists():  # else what the run began with may be gone
+            _begin(self.model, config)
         if self.processes > 1:
             self.model = _sync_batch_norm(self.model)
         self.average = copy.deepcopy(self.model) if config.average else nn.Module()
@@ -3087,8 +3089,11 @@ class _Training:
                     if self.process == 0:
                         tqdm.write(f"{self.config.name}: {error} Goes on from before that.")
         if checkpoint is None:
-            if self.process == 0 and not self.sound:
-                tqdm.write(f"{self.config.name}: No checkpoint is left. Begins anew.")
+            if not self.sound:
+                for model in (self.model, self.measured):
+                    _begin(model, self.config)
+                if self.process == 0:
+                    tqdm.write(f"{self.config.name}: No checkpoint is left. Begins anew.")
             return
         _refuse_another(checkpoint.get("settings"), self.settings)
         for group in checkpoint["optimizer"]["param_groups"]:
@@ -3322,9 +3327,8 @@ class _StopButton:
             signal.raise_signal(number)
 
 
-def _begin(config: Config) -> nn.Module:
-    """The network with the weights that it begins with."""
-    model = MODELS[config.model]()
+def _begin(model: nn.Module, config: Config) -> None:
+    """Gives the network the weights of `config.start`. Raises ValueError where they are another network's."""
     if config.start == "imagenet":
         if not hasattr(model, "load_imagenet"):
             able = ", ".join(name for name, make in MODELS.items() if hasattr(make, "load_imagenet"))
@@ -3332,10 +3336,11 @@ def _begin(config: Config) -> nn.Module:
         model.load_imagenet()
     elif config.start:
         found = load_model(config.start)
-        if found.state_dict().keys() != model.state_dict().keys():
-            raise ValueError(f"start is {config.start!r}, which holds a {type(found).__name__}, and model is {config.model!r}.")
+        theirs, own = ({name: part.shape for name, part in one.state_dict().items()} for one in (found, model))
+        if theirs != own:
+            what = f"start is {config.start!r}, which holds a {type(found).__name__}, and model is {config.model!r}"
+            raise ValueError(f"{what}. Give weights of that network.")
         model.load_state_dict(found.state_dict())
-    return model
 
 
 def _seed(seed: int) -> None:
