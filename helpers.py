@@ -2672,9 +2672,10 @@ def compose(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict[str, T
     draw = torch.rand(len(batch["bg"]), 6, device=batch["bg"].device) if draw is None else draw
     chosen, busy = (column[:, None, None, None] < 0.5 for column in draw[:, :2].T)
     scale = 0.75 + 0.5 * draw[:, 3]
-    change = torch.cat([batch["fg_bg"], batch["fg_bg"] - batch["bg"], batch["mask"]], 1)
-    warped = _warp(change, *(draw[:, 4:] - 0.5).T / 2, torch.where(draw[:, 2] < 0.5, -scale, scale), scale, "zeros")
-    cut_out, change, mask = warped.split((3, 3, 1), 1)
+    move = *(draw[:, 4:] - 0.5).T / 2, torch.where(draw[:, 2] < 0.5, -scale, scale), scale
+    cut_out = _warp(batch["fg_bg"], *move)  # what the picture's edge cuts through is not darker there
+    change = torch.cat([batch["fg_bg"] - batch["bg"], batch["mask"]], 1)
+    change, mask = _warp(change, *move, padding="zeros").split((3, 1), 1)
     mask = (mask > 0.5).float()
     rim = F.max_pool2d(mask, 3, 1, padding=1) - mask
     after = {kind: pictures.roll(-1, 0) for kind, pictures in batch.items()}
