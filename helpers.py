@@ -2082,14 +2082,22 @@ class ResNet18UNet(nn.Module):
 
     def load_imagenet(self) -> None:
         """Takes the encoder's weights from torchvision, which downloads 45 MB, once. The first convolution sees `fg_bg` as it
-        saw ImageNet's pictures (their normalisation goes into the weights), and nothing else yet."""
-        state = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
+        saw ImageNet's pictures (their normalisation goes into the weights), and nothing else yet. Raises OSError where they
+        can neither be downloaded nor read."""
+        url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
+        path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+        try:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.partition("-")[2], progress=False)
+            state = _load_state(path)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise OSError(f"ImageNet's weights cannot be had ({error}). Go online, or put {url} at {path}.") from error
         mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
         first = state["conv1.weight"] / deviation
         own = {name: value for name, value in state.items() if name.startswith(("bn1", "layer1", "layer2", "layer3"))}
         own["bn1.running_mean"] = own["bn1.running_mean"] + (first * mean).sum((1, 2, 3))
-        own["conv1.weight"] = torch.zeros_like(self.conv1.weight, device="cpu")
-        own["conv1.weight"][:, 3:6] = first
+        own["conv1.weight"] = F.pad(first, (0, 0, 0, 0, 3, 6))  # fg_bg is the second of four pictures
         self.load_state_dict(own | {k: v for k, v in self.state_dict().items() if k.startswith("decoder")})
 
     def forward(self, bg: Tensor, fg_bg: Tensor) -> tuple[Tensor, Tensor]:
@@ -2522,8 +2530,10 @@ class Config:
         _known(self.model, MODELS, "model")
         _known(self.optimizer, OPTIMIZERS, "optimizer")
         _known(self.schedule, SCHEDULES, "schedule")
-        for one in self.augment.split("+") if self.augment != "none" else ():
-            _known(one, AUGMENTATIONS, "augmentation")
+        augment = str(self.augment).split("+")
+        if self.augment != "none" and not set(augment) <= set(AUGMENTATIONS):
+            known = ", ".join(AUGMENTATIONS)
+            raise ValueError(f"augment is {self.augment!r}; it can be 'none', or one or several of {known}, joined by +.")
         _known(self.precision, ("auto", *PRECISIONS), "precision")
         _known(self.cache, ("auto", *CACHES), "cache")
         _known(self.depth_near, ("dark", "bright"), "depth_near")
@@ -2538,6 +2548,9 @@ class Config:
             raise ValueError(f"average is {self.average}; it must be 0 or more, and less than 1.")
         if self.size < 11:
             raise ValueError(f"size is {self.size}; SSIM, one of the metrics, looks at windows of 11 pixels.")
+        if "shake" in augment and self.size % 16:
+            fit = max(16, round(self.size / 16) * 16)
+            raise ValueError(f"size is {self.size}, but augment has shake, which saves JPEG in blocks of 16 pixels. Use {fit}.")
 
     def save(self, path: str | Path) -> None:
         """Writes it as JSON."""
@@ -2636,13 +2649,16 @@ def jitter_colours(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict
     return batch | {"bg": bg, "fg_bg": fg_bg}
 
 
-def _warp(pictures: Tensor, x: Tensor, y: Tensor, scale: Tensor | float = 1.0, padding: str = "border") -> Tensor:
-    """Pictures (N, C, H, W) moved by x and y, shares of the picture, and enlarged by `scale`, each (N,); a negative first entry
-    of a scale (N, 2) mirrors."""
-    theta = torch.zeros(len(pictures), 2, 3, device=pictures.device)
-    theta[:, [0, 1], [0, 1]] = 1 / torch.as_tensor(scale, device=pictures.device).expand(len(pictures), 2)
-    theta[:, :, 2] = -2 * torch.stack([x, y], 1) * theta[:, [0, 1], [0, 1]]
-    grid = F.affine_grid(theta, pictures.shape, align_corners=False)
+def _warp(
+    pictures: Tensor, x: Tensor, y: Tensor, width: Tensor | float = 1.0, height: Tensor | float = 1.0, padding: str = "border"
+) -> Tensor:
+    """Pictures (N, C, H, W) moved by x and y, shares of the picture, and enlarged in width and height, each (N,); a negative
+    width mirrors."""
+    if not len(pictures):  # as a process's share of the last batch may be; affine_grid refuses that
+        return pictures
+    zero = torch.zeros_like(x)
+    theta = torch.stack([zero + 1 / width, zero, -2 * x / width, zero, zero + 1 / height, -2 * y / height], 1)
+    grid = F.affine_grid(theta.view(-1, 2, 3), pictures.shape, align_corners=False)
     return F.grid_sample(pictures, grid, padding_mode=padding, align_corners=False)
 
 
@@ -2657,10 +2673,12 @@ def compose(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict[str, T
 
     `draw` (N, 6), numbers in [0, 1), decides; by default it is drawn here."""
     draw = torch.rand(len(batch["bg"]), 6, device=batch["bg"].device) if draw is None else draw
-    chosen, busy, flip = (column[:, None, None, None] < 0.5 for column in draw[:, :3].T)
-    scale = (0.75 + 0.5 * draw[:, 3])[:, None] * torch.stack([torch.where(flip.flatten(), -1.0, 1.0), torch.ones_like(draw[:, 3])], 1)
-    change = torch.cat([batch["fg_bg"], batch["fg_bg"] - batch["bg"], batch["mask"]], 1)
-    cut_out, change, mask = _warp(change, *(draw[:, 4:] - 0.5).T / 2, scale, "zeros").split((3, 3, 1), 1)
+    chosen, busy = (column[:, None, None, None] < 0.5 for column in draw[:, :2].T)
+    scale = 0.75 + 0.5 * draw[:, 3]
+    move = *(draw[:, 4:] - 0.5).T / 2, torch.where(draw[:, 2] < 0.5, -scale, scale), scale
+    cut_out = _warp(batch["fg_bg"], *move)  # what the picture's edge cuts through is not darker there
+    change = torch.cat([batch["fg_bg"] - batch["bg"], batch["mask"]], 1)
+    change, mask = _warp(change, *move, padding="zeros").split((3, 1), 1)
     mask = (mask > 0.5).float()
     rim = F.max_pool2d(mask, 3, 1, padding=1) - mask
     after = {kind: pictures.roll(-1, 0) for kind, pictures in batch.items()}
@@ -2687,14 +2705,15 @@ _JPEG_CHROMA = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 9
 
 
 @functools.cache
-def _jpeg_constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The cosines of an 8 x 8 block; the two tables (2, 8, 8); the matrix from RGB to luma and two colour differences."""
+def _jpeg_constants(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """The cosines of an 8 x 8 block; the two tables (2, 8, 8); the matrix from RGB to luma and two colour differences; its
+    inverse."""
     k = torch.arange(8, dtype=torch.double)
     cosines = torch.cos(math.pi * (2 * k + 1) * k[:, None] / 16) / 2
     cosines[0] /= 2**0.5
     tables = torch.stack([torch.tensor(_JPEG_LUMA), F.pad(torch.tensor(_JPEG_CHROMA), (0, 4, 0, 4), value=99)])
-    colours = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
-    return cosines.float().to(device), tables.float().to(device), colours.to(device)
+    colours = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]).double()
+    return [constant.to(device, dtype) for constant in (cosines, tables, colours, colours.inverse())]
 
 
 def jpeg(pictures: Tensor, quality: Tensor) -> Tensor:
@@ -2702,7 +2721,7 @@ def jpeg(pictures: Tensor, quality: Tensor) -> Tensor:
     size; computed on the device. H and W are multiples of 16 (else ValueError)."""
     if pictures.shape[2] % 16 or pictures.shape[3] % 16:
         raise ValueError(f"JPEG has blocks of 16 pixels: {pictures.shape[2]} x {pictures.shape[3]} do not divide by that.")
-    cosines, tables, colours = _jpeg_constants(pictures.device)
+    cosines, tables, colours, back = _jpeg_constants(pictures.device, pictures.dtype)
     percent = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)
     tables = ((tables * percent.view(-1, 1, 1, 1) + 50) / 100).floor().clamp(1, 255)
 
@@ -2713,11 +2732,11 @@ def jpeg(pictures: Tensor, quality: Tensor) -> Tensor:
         blocks = cosines.T @ ((cosines @ blocks @ cosines.T / table).round() * table) @ cosines
         return blocks.transpose(3, 4).reshape(plane.shape)
 
-    planes = torch.einsum("cd,ndhw->nchw", colours, 255 * pictures.float())
+    planes = torch.einsum("cd,ndhw->nchw", colours, 255 * pictures)
     luma = code(planes[:, :1] - 128, tables[:, 0]) + 128
     chroma = F.interpolate(code(F.avg_pool2d(planes[:, 1:], 2), tables[:, 1]), scale_factor=2, mode="bilinear")
     planes = torch.cat([luma, chroma], 1)
-    return (torch.einsum("cd,ndhw->nchw", colours.inverse(), planes) / 255).clamp(0, 1)
+    return (torch.einsum("cd,ndhw->nchw", back, planes) / 255).clamp(0, 1)
 
 
 def shake(batch: dict[str, Tensor], draw: Tensor | None = None, noise: Tensor | None = None) -> dict[str, Tensor]:
@@ -3024,9 +3043,11 @@ class _Training:
         self.config, self.ds, self.parts, self.folder, self.quiet = config, ds, parts, folder, quiet
         self.settings = _decisive(settings)  # what the checkpoint is checked against
         self.process, self.processes = _processes()
-        self.model = _begin(config).to(DEVICE, memory_format=torch.channels_last)
+        self.model = MODELS[config.model]().to(DEVICE, memory_format=torch.channels_last)
         if hasattr(self.model, "stride"):
             check_size(self.model, config.size, config.size)
+        if not (folder / "checkpoint.pt").exists():  # else what the run began with may be gone
+            _begin(self.model, config)
         if self.processes > 1:
             self.model = _sync_batch_norm(self.model)
         self.average = copy.deepcopy(self.model) if config.average else nn.Module()
@@ -3072,8 +3093,11 @@ class _Training:
                     if self.process == 0:
                         tqdm.write(f"{self.config.name}: {error} Goes on from before that.")
         if checkpoint is None:
-            if self.process == 0 and not self.sound:
-                tqdm.write(f"{self.config.name}: No checkpoint is left. Begins anew.")
+            if not self.sound:
+                for model in (self.model, self.measured):
+                    _begin(model, self.config)
+                if self.process == 0:
+                    tqdm.write(f"{self.config.name}: No checkpoint is left. Begins anew.")
             return
         _refuse_another(checkpoint.get("settings"), self.settings)
         for group in checkpoint["optimizer"]["param_groups"]:
@@ -3307,9 +3331,8 @@ class _StopButton:
             signal.raise_signal(number)
 
 
-def _begin(config: Config) -> nn.Module:
-    """The network with the weights that it begins with."""
-    model = MODELS[config.model]()
+def _begin(model: nn.Module, config: Config) -> None:
+    """Gives the network the weights of `config.start`. Raises ValueError where they are another network's."""
     if config.start == "imagenet":
         if not hasattr(model, "load_imagenet"):
             able = ", ".join(name for name, make in MODELS.items() if hasattr(make, "load_imagenet"))
@@ -3317,10 +3340,11 @@ def _begin(config: Config) -> nn.Module:
         model.load_imagenet()
     elif config.start:
         found = load_model(config.start)
-        if found.state_dict().keys() != model.state_dict().keys():
-            raise ValueError(f"start is {config.start!r}, which holds a {type(found).__name__}, and model is {config.model!r}.")
+        theirs, own = ({name: part.shape for name, part in one.state_dict().items()} for one in (found, model))
+        if theirs != own:
+            what = f"start is {config.start!r}, which holds a {type(found).__name__}, and model is {config.model!r}"
+            raise ValueError(f"{what}. Give weights of that network.")
         model.load_state_dict(found.state_dict())
-    return model
 
 
 def _seed(seed: int) -> None:
@@ -3429,7 +3453,7 @@ class _Step(nn.Module):
             mask_logits, depth = self.model(batch["bg"], batch["fg_bg"])
         depth_true = batch["depth"]
         if "known" in batch:  # elsewhere the prediction counts as right
-            depth_true = torch.where(batch["known"] > 0, depth_true, depth.detach().float())
+            depth_true = torch.where(batch["known"] > 0, depth_true, depth.detach().to(depth_true.dtype))
         pictures = (mask_logits, depth, batch["mask"], depth_true)
         if not len(depth):  # the last batch left nothing for this process: a black picture, which counts nothing
             pictures = [F.pad(some, (0, 0, 0, 0, 0, 0, 0, 1)) for some in pictures]
