@@ -2038,7 +2038,7 @@ def with_difference(bg: Tensor, fg_bg: Tensor) -> Tensor:
 class DifferenceUNet(nn.Module):
     """The project's own: a U-Net of residual blocks that is given the difference of the two pictures beside them.
 
-    Squares of `unshuffle` x `unshuffle` pixels become channels before the first convolution, so that nothing but two thin
+    Squares of `unshuffle` x `unshuffle` pixels become channels before the first convolution, so that nothing but three thin
     convolutions works at full size; one decoder makes mask and depth. `widths` are the channels at 1/2, 1/4, 1/8 and
     1/16 of the size. Notebook 02 has the reason behind each part, with an experiment.
     """
@@ -2056,11 +2056,15 @@ class DifferenceUNet(nn.Module):
     def forward(self, bg: Tensor, fg_bg: Tensor) -> tuple[Tensor, Tensor]:
         check_size(self, *bg.shape[2:])
         pictures = self.inputs(bg, fg_bg)
+        mask_logits, depth = self.decoder(self.encode(pictures), pictures).split(1, 1)
+        return mask_logits, depth.sigmoid()
+
+    def encode(self, pictures: Tensor) -> list[Tensor]:
+        """The features of each size, largest first, of what `inputs` makes of the two pictures."""
         features = [self.stem(pictures)]
         for block in self.encoder:
             features.append(block(features[-1]))
-        mask_logits, depth = self.decoder(features, pictures).split(1, 1)
-        return mask_logits, depth.sigmoid()
+        return features
 
 
 class ResNet18UNet(nn.Module):
