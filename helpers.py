@@ -2011,7 +2011,8 @@ class FullSizeDecoder(nn.Module):
     def __init__(self, widths: Sequence[int], pictures: int, outputs: int, unshuffle: int = 2, detail: int = 16):
         super().__init__()
         self.up = nn.ModuleList(nn.Upsample(scale_factor=2) for _ in widths[1:])
-        self.mix = nn.ModuleList(BasicBlock(below + here, here) for below, here in zip(widths[:0:-1], widths[-2::-1], strict=True))
+        steps = reversed(list(itertools.pairwise(widths)))
+        self.mix = nn.ModuleList(BasicBlock(below + here, here) for here, below in steps)
         self.spread = nn.PixelShuffle(unshuffle)
         self.detail = self._conv(pictures, detail)
         self.join = self._conv(detail + widths[0] // unshuffle**2, detail)
@@ -2019,7 +2020,8 @@ class FullSizeDecoder(nn.Module):
 
     @staticmethod
     def _conv(inputs: int, outputs: int) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+        conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
     def forward(self, features: Sequence[Tensor], pictures: Tensor) -> Tensor:
         x = features[-1]
@@ -2038,10 +2040,10 @@ def with_difference(bg: Tensor, fg_bg: Tensor) -> Tensor:
 class DifferenceUNet(nn.Module):
     """The project's own: a U-Net of residual blocks that is given the difference of the two pictures beside them.
 
-    Squares of `unshuffle` x `unshuffle` pixels become channels before the first convolution, so that nothing but two thin
-    convolutions works at full size; one decoder makes mask and depth. `widths` are the channels at 1/2, 1/4, 1/8 and 1/16 of the
-    size. Of the smallest features, every fifth is left out at random while it trains, so that a room is not known by one of them
-    alone. Notebook 02 has the reason behind each part, with an experiment.
+    Squares of `unshuffle` x `unshuffle` pixels become channels before the first convolution, so that nothing but three thin
+    convolutions works at full size; one decoder makes mask and depth. `widths` are the channels at 1/2, 1/4, 1/8 and 1/16 of
+    the size. Of the smallest features, every fifth is left out at random while it trains, so that no room is known by one of
+    them alone. Notebook 02 has the reason behind each part, with an experiment.
     """
 
     inputs = staticmethod(with_difference)
@@ -2058,12 +2060,16 @@ class DifferenceUNet(nn.Module):
     def forward(self, bg: Tensor, fg_bg: Tensor) -> tuple[Tensor, Tensor]:
         check_size(self, *bg.shape[2:])
         pictures = self.inputs(bg, fg_bg)
+        *features, smallest = self.encode(pictures)
+        mask_logits, depth = self.decoder([*features, self.dropout(smallest)], pictures).split(1, 1)
+        return mask_logits, depth.sigmoid()
+
+    def encode(self, pictures: Tensor) -> list[Tensor]:
+        """The features of each size, largest first, of what `inputs` makes of the two pictures."""
         features = [self.stem(pictures)]
         for block in self.encoder:
             features.append(block(features[-1]))
-        features[-1] = self.dropout(features[-1])
-        mask_logits, depth = self.decoder(features, pictures).split(1, 1)
-        return mask_logits, depth.sigmoid()
+        return features
 
 
 class ResNet18UNet(nn.Module):
@@ -2513,7 +2519,7 @@ class Config:
     batch_size: int = 16
     epochs: int = 10
     augment: str = "mirror"  # or "none", or several of "mirror", "compose", "colour", "shake", joined by +
-    start: str = ""  # weights to begin with: "imagenet" for the encoder of resnet18_unet, or what load_model takes; empty: random
+    start: str = ""  # weights to begin with: "imagenet" for resnet18_unet's encoder, or what load_model takes; empty: random
     average: float = 0.0  # of the weights over the steps: what is measured and kept decays by this factor a step; 0: none
     precision: str = "auto"  # or "float32", "bfloat16", "float16"
     cache: str = "auto"  # where decoded pictures are kept, as ZipDataset means it: "gpu", "memory", "disk", "none"
@@ -2663,8 +2669,8 @@ def _warp(
 
 
 def compose(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict[str, Tensor]:
-    """Augmentation: new pictures from known parts. Every other sample keeps its object, which is mirrored or not, made smaller or
-    larger by up to a quarter and moved by up to a quarter of the picture, but is put before the next sample's background; for
+    """Augmentation: new pictures from known parts. Every other sample keeps its object, which is mirrored or not, made smaller
+    or larger by up to a quarter and moved by up to a quarter of the picture, but is put before the next sample's background; for
     half of these, that is the next sample's picture with the object in it, so that what stands there is not always the object.
 
     The new depth is the next sample's, and unknown where an object covers it: the batch gets a picture `known` (N, 1, H, W), 0
@@ -2740,9 +2746,9 @@ def jpeg(pictures: Tensor, quality: Tensor) -> Tensor:
 
 
 def shake(batch: dict[str, Tensor], draw: Tensor | None = None, noise: Tensor | None = None) -> dict[str, Tensor]:
-    """Augmentation: what happens between two shots with a camera in hand. Each of these to three samples in ten: `bg` is moved by
-    up to 2.5 pixels of 192; its light changes by up to 12 %, that of a colour by up to 4 % more; a soft shadow falls on `fg_bg`,
-    which takes up to half of the light; both get noise of up to 3 %; both are saved as JPEG, of qualities 25 to 95. A network
+    """Augmentation: what happens between two shots with a camera in hand. Each of these to three samples in ten: `bg` is moved
+    by up to 2.5 pixels of 192; its light changes by up to 12 %, that of a colour by up to 4 % more; a soft shadow falls on
+    `fg_bg`, which takes up to half of the light; both get noise of up to 3 %; both are saved as JPEG, of qualities 25 to 95. A network
     that has never seen this takes everything for the object where the background is slightly off (Lin et al., Real-Time
     High-Resolution Background Matting, 2020, train against the same).
 
