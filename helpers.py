@@ -2031,8 +2031,8 @@ class FullSizeDecoder(nn.Module):
 
 
 def with_difference(bg: Tensor, fg_bg: Tensor) -> Tensor:
-    """Both pictures, what is new in the second, and how much that is, four times enlarged: (N, 12, H, W). An object as bright as
-    what it hides differs by a few hundredths, which bfloat16 would round away if the network had to subtract by itself."""
+    """Both pictures, what is new in the second, and how much that is, four times enlarged: (N, 12, H, W). An object as bright
+    as what it hides differs by a few hundredths; subtracted here, in float32, none of that is rounded away."""
     difference = fg_bg - bg
     return torch.cat([bg, fg_bg, difference, 4 * difference.abs()], 1)
 
@@ -2670,8 +2670,8 @@ def _warp(
 
 def compose(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict[str, Tensor]:
     """Augmentation: new pictures from known parts. Every other sample keeps its object, which is mirrored or not, made smaller
-    or larger by up to a quarter and moved by up to a quarter of the picture, but is put before the next sample's background; for
-    half of these, that is the next sample's picture with the object in it, so that what stands there is not always the object.
+    or larger by up to a quarter and moved by up to a quarter of the picture, but is put before the next sample's background;
+    for half of these, that is the next sample's picture with the object in it, so that what stands there is not always the object.
 
     The new depth is the next sample's, and unknown where an object covers it: the batch gets a picture `known` (N, 1, H, W), 0
     there and 1 elsewhere, and training leaves out the rest. An object's outermost pixels are a mixture with the background that
@@ -2748,8 +2748,8 @@ def jpeg(pictures: Tensor, quality: Tensor) -> Tensor:
 def shake(batch: dict[str, Tensor], draw: Tensor | None = None, noise: Tensor | None = None) -> dict[str, Tensor]:
     """Augmentation: what happens between two shots with a camera in hand. Each of these to three samples in ten: `bg` is moved
     by up to 2.5 pixels of 192; its light changes by up to 12 %, that of a colour by up to 4 % more; a soft shadow falls on
-    `fg_bg`, which takes up to half of the light; both get noise of up to 3 %; both are saved as JPEG, of qualities 25 to 95. A network
-    that has never seen this takes everything for the object where the background is slightly off (Lin et al., Real-Time
+    `fg_bg`, which takes up to half of the light; both get noise of up to 3 %; both are saved as JPEG, of qualities 25 to 95. A
+    network that has never seen this takes everything for the object where the background is slightly off (Lin et al., Real-Time
     High-Resolution Background Matting, 2020, train against the same).
 
     `draw` (N, 17), numbers in [0, 1), and `noise` (N, 6, H, W), of deviation 1, decide; by default they are drawn here."""
