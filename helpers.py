@@ -2671,7 +2671,7 @@ def _warp(
 def compose(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict[str, Tensor]:
     """Augmentation: new pictures from known parts. Every other sample keeps its object, which is mirrored or not, made smaller
     or larger by up to a quarter and moved by up to a quarter of the picture, but is put before the next sample's background;
-    for half of these, that is the next sample's picture with the object in it, so that what stands there is not always the object.
+    for half of these, that is the next sample's picture with its object, so that what stands there is not always the object.
 
     The new depth is the next sample's, and unknown where an object covers it: the batch gets a picture `known` (N, 1, H, W), 0
     there and 1 elsewhere, and training leaves out the rest. An object's outermost pixels are a mixture with the background that

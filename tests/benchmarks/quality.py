@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import resize
 
 import helpers
 from helpers import DEVICE, MODELS, TITLES, Config, Run, baselines, measure, open_zip, parts_of, run, score, to_float
@@ -111,7 +112,7 @@ def iou_by_hand(model: torch.nn.Module, path: str, size: int, how: str) -> float
         shots = [
             another_shot(bg, fg_bg, how, rng) for bg, fg_bg in zip(batch["bg"].numpy(), batch["fg_bg"].numpy(), strict=True)
         ]
-        pictures = [helpers._resize(torch.from_numpy(np.stack(kind)), size) for kind in zip(*shots, strict=True)]
+        pictures = [resize(torch.from_numpy(np.stack(kind)), [size, size], antialias=True) for kind in zip(*shots, strict=True)]
         batch = to_float(small.batch(some) | dict(zip(("bg", "fg_bg"), pictures, strict=True)), DEVICE)
         with helpers.autocast():
             outputs = model.eval()(batch["bg"], batch["fg_bg"])
