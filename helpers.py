@@ -2011,7 +2011,8 @@ class FullSizeDecoder(nn.Module):
     def __init__(self, widths: Sequence[int], pictures: int, outputs: int, unshuffle: int = 2, detail: int = 16):
         super().__init__()
         self.up = nn.ModuleList(nn.Upsample(scale_factor=2) for _ in widths[1:])
-        self.mix = nn.ModuleList(BasicBlock(below + here, here) for below, here in zip(widths[:0:-1], widths[-2::-1], strict=True))
+        steps = zip(widths[:0:-1], widths[-2::-1], strict=True)
+        self.mix = nn.ModuleList(BasicBlock(below + here, here) for below, here in steps)
         self.spread = nn.PixelShuffle(unshuffle)
         self.detail = self._conv(pictures, detail)
         self.join = self._conv(detail + widths[0] // unshuffle**2, detail)
@@ -2019,7 +2020,8 @@ class FullSizeDecoder(nn.Module):
 
     @staticmethod
     def _conv(inputs: int, outputs: int) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+        conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
     def forward(self, features: Sequence[Tensor], pictures: Tensor) -> Tensor:
         x = features[-1]
@@ -2510,7 +2512,7 @@ class Config:
     batch_size: int = 16
     epochs: int = 10
     augment: str = "mirror"  # or "none", or several of "mirror", "compose", "colour", "shake", joined by +
-    start: str = ""  # weights to begin with: "imagenet" for the encoder of resnet18_unet, or what load_model takes; empty: random
+    start: str = ""  # weights to begin with: what load_model takes, or "imagenet" for resnet18_unet's encoder; empty: random
     average: float = 0.0  # of the weights over the steps: what is measured and kept decays by this factor a step; 0: none
     precision: str = "auto"  # or "float32", "bfloat16", "float16"
     cache: str = "auto"  # where decoded pictures are kept, as ZipDataset means it: "gpu", "memory", "disk", "none"
@@ -2660,13 +2662,15 @@ def _warp(
 
 
 def compose(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict[str, Tensor]:
-    """Augmentation: new pictures from known parts. Every other sample keeps its object, which is mirrored or not, made smaller or
-    larger by up to a quarter and moved by up to a quarter of the picture, but is put before the next sample's background; for
-    half of these, that is the next sample's picture with the object in it, so that what stands there is not always the object.
+    """Augmentation: new pictures from known parts. Every other sample keeps its object, which is mirrored or not, made smaller
+    or larger by up to a quarter and moved by up to a quarter of the picture, but is put before the next sample's background;
+    for half of these, that is the next sample's picture with the object in it, so that what stands there is not always the
+    object.
 
-    The new depth is the next sample's, and unknown where an object covers it: the batch gets a picture `known` (N, 1, H, W), 0
-    there and 1 elsewhere, and training leaves out the rest. An object's outermost pixels are a mixture with the background that
-    it came from: outside of the mask, what it changed there is added to the new background.
+    The new depth is the next sample's, and unknown where the object covers it or where it shows an object that is not there
+    now: the batch gets a picture `known` (N, 1, H, W), 0 there and 1 elsewhere, and training leaves out the rest. An object's
+    outermost pixels are a mixture with the background that it came from: outside of the mask, what it changed there is added
+    to the new background.
 
     `draw` (N, 6), numbers in [0, 1), decides; by default it is drawn here."""
     draw = torch.rand(len(batch["bg"]), 6, device=batch["bg"].device) if draw is None else draw
@@ -2737,11 +2741,11 @@ def jpeg(pictures: Tensor, quality: Tensor) -> Tensor:
 
 
 def shake(batch: dict[str, Tensor], draw: Tensor | None = None, noise: Tensor | None = None) -> dict[str, Tensor]:
-    """Augmentation: what happens between two shots with a camera in hand. Each of these to three samples in ten: `bg` is moved by
-    up to 2.5 pixels of 192; its light changes by up to 12 %, that of a colour by up to 4 % more; a soft shadow falls on `fg_bg`,
-    which takes up to half of the light; both get noise of up to 3 %; both are saved as JPEG, of qualities 25 to 95. A network
-    that has never seen this takes everything for the object where the background is slightly off (Lin et al., Real-Time
-    High-Resolution Background Matting, 2020, train against the same).
+    """Augmentation: what happens between two shots with a camera in hand. Each of these to three samples in ten: `bg` is moved
+    by up to 2.5 pixels of 192; its light changes by up to 12 %, that of a colour by up to 4 % more; a soft shadow falls on
+    `fg_bg`, which takes up to half of the light; both get noise of up to 3 %; both are saved as JPEG, of qualities 25 to 95. A
+    network that has never seen this takes everything for the object where the background is slightly off (Lin et al.,
+    Real-Time High-Resolution Background Matting, 2020, train against the same). H and W are multiples of 16 (else ValueError).
 
     `draw` (N, 17), numbers in [0, 1), and `noise` (N, 6, H, W), of deviation 1, decide; by default they are drawn here."""
     bg, fg_bg = batch["bg"], batch["fg_bg"]
@@ -2909,8 +2913,8 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     and the predictions.
 
     Several processes that accelerate has started train together: `batch_size` is that of all, the result that of one process up
-    to rounding (a loss of your own that looks at a whole batch at once sees a process's share of it), and the first alone
-    writes. All need the same workspace.
+    to rounding (a loss of your own that looks at a whole batch at once, and `compose`, see a process's share of it), and the
+    first alone writes. All need the same workspace.
 
     Args:
         config: what to do.
@@ -2920,6 +2924,7 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     Raises:
         ValueError: the folder holds a run of another Config or other data (the differences are named); the network cannot
             take the size; a loss is not finite (which, and of which samples).
+        OSError: the weights to start with are not there, or cannot be downloaded.
         RuntimeError: another notebook or program is at this run.
         MemoryError: a batch does not fit into memory; the message says what to set.
     """
