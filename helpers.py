@@ -2032,7 +2032,7 @@ class FullSizeDecoder(nn.Module):
 
 def with_difference(bg: Tensor, fg_bg: Tensor) -> Tensor:
     """Both pictures, what is new in the second, and how much that is, four times enlarged: (N, 12, H, W). An object as bright
-    as what it hides differs by a few hundredths; subtracted here, in float32, none of that is rounded away."""
+    as what it hides differs by a few 1/255; bfloat16's numbers near white lie 1/256 apart, too far to subtract them there."""
     difference = fg_bg - bg
     return torch.cat([bg, fg_bg, difference, 4 * difference.abs()], 1)
 
@@ -2673,9 +2673,10 @@ def compose(batch: dict[str, Tensor], draw: Tensor | None = None) -> dict[str, T
     or larger by up to a quarter and moved by up to a quarter of the picture, but is put before the next sample's background;
     for half of these, that is the next sample's picture with its object, so that what stands there is not always the object.
 
-    The new depth is the next sample's, and unknown where an object covers it: the batch gets a picture `known` (N, 1, H, W), 0
-    there and 1 elsewhere, and training leaves out the rest. An object's outermost pixels are a mixture with the background that
-    it came from: outside of the mask, what it changed there is added to the new background.
+    The new depth is the next sample's, and unknown where the object covers it or where it shows an object that is not there
+    now: the batch gets a picture `known` (N, 1, H, W), 0 there and 1 elsewhere, and training leaves out the rest. An object's
+    outermost pixels are a mixture with the background that it came from: outside of the mask, what it changed there is added
+    to the new background.
 
     `draw` (N, 6), numbers in [0, 1), decides; by default it is drawn here."""
     draw = torch.rand(len(batch["bg"]), 6, device=batch["bg"].device) if draw is None else draw
@@ -2749,8 +2750,8 @@ def shake(batch: dict[str, Tensor], draw: Tensor | None = None, noise: Tensor | 
     """Augmentation: what happens between two shots with a camera in hand. Each of these to three samples in ten: `bg` is moved
     by up to 2.5 pixels of 192; its light changes by up to 12 %, that of a colour by up to 4 % more; a soft shadow falls on
     `fg_bg`, which takes up to half of the light; both get noise of up to 3 %; both are saved as JPEG, of qualities 25 to 95. A
-    network that has never seen this takes everything for the object where the background is slightly off (Lin et al., Real-Time
-    High-Resolution Background Matting, 2020, train against the same).
+    network that has never seen this takes everything for the object where the background is slightly off (Lin et al.,
+    Real-Time High-Resolution Background Matting, 2020, train against the same). H and W are multiples of 16 (else ValueError).
 
     `draw` (N, 17), numbers in [0, 1), and `noise` (N, 6, H, W), of deviation 1, decide; by default they are drawn here."""
     bg, fg_bg = batch["bg"], batch["fg_bg"]
@@ -2918,8 +2919,8 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     and the predictions.
 
     Several processes that accelerate has started train together: `batch_size` is that of all, the result that of one process up
-    to rounding (a loss of your own that looks at a whole batch at once sees a process's share of it), and the first alone
-    writes. All need the same workspace.
+    to rounding (a loss of your own that looks at a whole batch at once, and `compose`, see a process's share of it), and the
+    first alone writes. All need the same workspace.
 
     Args:
         config: what to do.
@@ -2929,6 +2930,7 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     Raises:
         ValueError: the folder holds a run of another Config or other data (the differences are named); the network cannot
             take the size; a loss is not finite (which, and of which samples).
+        OSError: the weights to start with are not there, or cannot be downloaded.
         RuntimeError: another notebook or program is at this run.
         MemoryError: a batch does not fit into memory; the message says what to set.
     """

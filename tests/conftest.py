@@ -7,12 +7,14 @@ import os
 import shutil
 import sys
 import tempfile
+import urllib.error
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +150,44 @@ def encode():
 def sample() -> Path:
     """The data set that comes with the project."""
     return ROOT / "assets" / "sample.zip"
+
+
+@pytest.fixture(scope="session")
+def resnet18(tmp_path_factory):
+    """torchvision's ResNet-18 with random weights and statistics; and a TORCH_HOME that has them in the place of ImageNet's."""
+    torch.manual_seed(1234)  # another than a run of the tests begins with
+    net = torchvision.models.resnet18().eval()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values, least, most in ((module.weight, 0.5, 1.5), (module.bias, -0.5, 0.5)):
+                torch.nn.init.uniform_(values, least, most)
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 1.5)
+    home = tmp_path_factory.mktemp("torch")
+    file = home / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    file.parent.mkdir(parents=True)
+    # Files of old do not count batches.
+    torch.save({name: values for name, values in net.state_dict().items() if "tracked" not in name}, file)
+    return net, home
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """No file of weights at first, and nothing to download them from."""
+
+    def fail(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "urlopen", fail)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch" / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+
+
+@pytest.fixture
+def imagenet(resnet18, offline, monkeypatch):
+    """The network whose weights are taken for ImageNet's."""
+    monkeypatch.setenv("TORCH_HOME", str(resnet18[1]))
+    return resnet18[0]
 
 
 @pytest.fixture(scope="session")

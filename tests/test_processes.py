@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -30,7 +31,8 @@ CASES = {
     # The last batch has three samples, one process takes two of them.
     "clipped, on a plateau": {"max_train": 19, "clip_norm": 0.1, "schedule": "plateau", "lr": 10.0, "epochs": 6},
     # The last batch has one sample, for one process there is none.
-    "learned": {"max_train": 17, "depth_weight": "learned", "optimizer": "adamw", "schedule": "onecycle", "lr": 1e-3},
+    "learned": {"max_train": 17, "depth_weight": "learned", "optimizer": "adamw", "schedule": "onecycle", "lr": 1e-3}
+    | {"augment": "mirror+colour+shake"},
     "depth alone": {"max_train": 17, "mask_loss": None},
     # The loss looks at the largest error in the batch.
     "berhu": {"max_train": 19, "depth_loss": "berhu"},
@@ -55,6 +57,9 @@ def configs(data):
     base = dataclasses.replace(base, schedule="constant", batch_size=8, epochs=2, augment="mirror+colour", precision="float32")
     made = {name: dataclasses.replace(base, name=name, **options) for name, options in CASES.items()}
     made |= {name: dataclasses.replace(made["learned"], name=name) for name in ("one, then two", "two, then one")}
+    # Within its share of a batch, of which there may be none, each process composes by itself.
+    composed = {"max_train": 17, "epochs": 1, "augment": "mirror+compose+shake"}
+    made["composed"] = dataclasses.replace(base, name="composed", **composed)
     return made | {"of a list": dataclasses.replace(made["depth alone"], name="of a list")}
 
 
@@ -127,6 +132,11 @@ def test_the_rate_of_two_processes_falls_on_a_plateau(runs):
 @pytest.mark.parametrize("name", ["one, then two", "two, then one"])
 def test_a_run_that_was_cut_off_goes_on_with_another_number_of_processes(runs, name):
     assert_same_run(runs / "by one" / "learned", runs / "by two" / name, rtol=0, atol=1e-7)
+
+
+def test_two_processes_compose_each_its_share(runs):
+    found = read_run(runs / "by two" / "composed")
+    assert found.results and math.isfinite(found.history[0]["train_loss"])
 
 
 def test_of_two_processes_one_writes(runs):
@@ -324,7 +334,7 @@ def main(data, folder):
     process, written, todo = int(os.environ["RANK"]), [], configs(data)
     note_writing(folder / "by two", written)
     with double_precision():
-        for name in (*CASES, "one, then two"):
+        for name in (*CASES, "composed", "one, then two"):
             run(todo[name], quiet=True)
         run(todo["two, then one"], stop_after=1, quiet=True)
         helpers.run_all({"list": [todo["of a list"]]})

@@ -74,6 +74,7 @@ CASES = {
     "plateau, learned": {"schedule": "plateau", "depth_weight": "learned"},
     "average": {"average": 0.9},
     "mirror, colour": {"optimizer": "adam", "augment": "mirror+colour"},
+    "compose, shake": {"augment": "compose+shake"},
     "drawn": {"depth_loss": "drawn"},
     "float16": {"precision": "float16"},
     "disk": {"cache": "disk", "split": "image"},

@@ -16,7 +16,19 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop, lr_scheduler
 
 import helpers
-from helpers import DEPTH_LOSSES, MASK_LOSSES, MODELS, OPTIMIZERS, Config, ZipDataset, jitter_colours, mirror, run, split
+from helpers import (
+    DEPTH_LOSSES,
+    MASK_LOSSES,
+    MODELS,
+    OPTIMIZERS,
+    Config,
+    ResNet18UNet,
+    ZipDataset,
+    jitter_colours,
+    mirror,
+    run,
+    split,
+)
 
 
 class Tiny(nn.Module):
@@ -429,10 +441,16 @@ def test_too_few_samples_are_refused_before_anything_is_made(config, write_zip, 
         ({"optimizer": "adm"}, "Unknown optimizer 'adm'. Known: sgd, rmsprop, adam, adamw"),
         ({"schedule": "cosine"}, "Unknown schedule 'cosine'. Known: constant, step, plateau, onecycle"),
         ({"split": "random"}, "Unknown split 'random'. Known: unseen, image"),
-        ({"augment": "rotate"}, "Unknown augment 'rotate'. Known: none, mirror, colour, mirror.colour"),
+        (
+            {"augment": "rotate"},
+            r"augment is 'rotate'; .* 'none', or one or several of mirror, compose, colour, shake, joined by \+",
+        ),
+        ({"augment": "mirror+rotate"}, r"augment is 'mirror\+rotate'"),
+        ({"augment": "mirror+none"}, r"augment is 'mirror\+none'"),
+        ({"augment": ""}, "augment is ''"),
+        ({"augment": None}, "augment is None"),
         ({"precision": "int8"}, "Unknown precision 'int8'. Known: auto, float32"),
         ({"depth_near": "left"}, "Unknown depth_near 'left'. Known: dark, bright"),
-        ({"augment": "colour+mirror"}, "Unknown augment"),
         ({"mask_loss": "berhu"}, "Unknown mask loss 'berhu'. Known: bce, weighted_bce"),
         ({"depth_loss": "bce"}, "Unknown depth loss 'bce'. Known: l1, rmse"),
         ({"depth_weight": "auto"}, "depth_weight is 'auto'.*'learned'"),
@@ -445,6 +463,8 @@ def test_too_few_samples_are_refused_before_anything_is_made(config, write_zip, 
         ({"batch_size": 0}, "batch_size is 0"),
         ({"size": 0}, "size is 0"),
         ({"size": 8}, "size is 8; SSIM, one of the metrics, looks at windows of 11 pixels"),
+        ({"size": 50, "augment": "mirror+shake"}, "size is 50, but augment has shake, .* blocks of 16 pixels. Use 48"),
+        ({"size": 12, "augment": "shake"}, "Use 16"),
         ({"lr": float("nan")}, "lr is nan"),
     ],
 )
@@ -667,12 +687,21 @@ def test_mirror_turns_all_four_pictures_or_none():
     assert 60 < sum(turned["bg"]) < 140
 
 
-AUGMENTATIONS = {"none": (False, False), "mirror": (True, False), "colour": (False, True), "mirror+colour": (True, True)}
+AUGMENTATIONS = {  # what becomes of the two pictures of a sample
+    "none": {"same"},
+    "mirror": {"same"},
+    "compose": {"same", "composed"},
+    "colour": {"both changed"},
+    "shake": {"same", "one changed", "both changed"},
+    "mirror+colour": {"both changed"},
+    "mirror+compose+shake": {"same", "one changed", "both changed", "composed"},
+}
 
 
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
-def test_training_sees_samples_mirrored_or_recoloured_as_asked_and_measuring_as_they_are(config, data, monkeypatch, augment):
-    """Each picture that reaches the network is found among the originals by the depth that belongs to it."""
+def test_training_sees_samples_augmented_as_asked_and_measuring_as_they_are(config, data, monkeypatch, augment):
+    """A picture that reaches the network is found among the originals by the depth that belongs to it. A composed one has none
+    of its own; where its depth is not known the prediction stands in its place, to the last digit."""
     seen = {True: [], False: []}
 
     class Watched(Tiny):
@@ -681,7 +710,8 @@ def test_training_sees_samples_mirrored_or_recoloured_as_asked_and_measuring_as_
             return super().forward(bg, fg_bg)
 
     def watch(p, t):
-        seen[p.requires_grad].extend(zip(*made[0].inputs, t, strict=True))
+        composed = (p == t).flatten(1).any(1) if p.requires_grad else torch.zeros(len(p))
+        seen[p.requires_grad].extend(zip(*made[0].inputs, t, composed, strict=True))
         return helpers.l1(p, t)
 
     made = []
@@ -691,17 +721,135 @@ def test_training_sees_samples_mirrored_or_recoloured_as_asked_and_measuring_as_
     originals = {item["depth"].numpy().tobytes(): item for item in ZipDataset(data, size=16)}
     found = {True: [], False: []}
     for training, samples in seen.items():
-        for bg, fg_bg, depth in samples:
+        for bg, fg_bg, depth, composed in samples:
+            if composed:
+                found[training].append((False, "composed"))
+                continue
             mirrored = depth.numpy().tobytes() not in originals
             bg, fg_bg, depth = (p.flip(2) if mirrored else p for p in (bg, fg_bg, depth))
             item = originals[depth.contiguous().numpy().tobytes()]
-            same = [torch.equal(one, item[kind]) for kind, one in (("bg", bg), ("fg_bg", fg_bg))]
-            assert same[0] == same[1]
-            found[training].append((mirrored, not same[0]))
-    some_mirrored, all_recoloured = AUGMENTATIONS[augment]
-    assert {turned for turned, _ in found[True]} == ({True, False} if some_mirrored else {False})
-    assert {recoloured for _, recoloured in found[True]} == {all_recoloured}
-    assert set(found[False]) == {(False, False)}
+            changed = sum(not torch.equal(one, item[kind]) for kind, one in (("bg", bg), ("fg_bg", fg_bg)))
+            found[training].append((mirrored, ("same", "one changed", "both changed")[changed]))
+    assert {mirrored for mirrored, _ in found[True]} == ({True, False} if "mirror" in augment else {False})
+    assert {what for _, what in found[True]} == AUGMENTATIONS[augment]
+    assert set(found[False]) == {(False, "same")}
+
+
+def test_composed_pictures_are_trained_on_in_full(config, data, monkeypatch):
+    """An object of one sample stands before the background of another: no pair of the data set shows the two."""
+    shown = []
+
+    class Watched(Tiny):
+        def forward(self, bg, fg_bg):
+            if self.training:
+                shown.extend(zip(bg, fg_bg, strict=True))
+            return super().forward(bg, fg_bg)
+
+    monkeypatch.setitem(MODELS, "tiny", Watched)
+    run(renamed(config, augment="compose", epochs=1))
+    known = {tuple(item[kind].numpy().tobytes() for kind in ("bg", "fg_bg")) for item in ZipDataset(data, size=16)}
+    backgrounds = {one for pair in known for one in pair}
+    pairs = [tuple(one.contiguous().numpy().tobytes() for one in pair) for pair in shown]
+    assert all(bg in backgrounds for bg, _ in pairs)
+    assert 0.3 < sum(pair in known for pair in pairs) / len(pairs) < 0.7
+
+
+# Weights to begin with
+
+
+def noting(network):
+    """The network, as a class that keeps the weights with which training begins: `first`."""
+
+    class Noting(network):
+        first = None
+
+        def forward(self, bg, fg_bg):
+            if self.training and Noting.first is None:
+                Noting.first = {name: values.clone() for name, values in self.state_dict().items()}
+            return super().forward(bg, fg_bg)
+
+    return Noting
+
+
+def test_a_run_begins_with_the_best_weights_of_another(config, place, monkeypatch):
+    run(config)
+    best = torch.load(place / "first" / "best.pt", weights_only=True)
+    for name, start in (("folder", place / "first"), ("file", place / "first" / "best.pt")):
+        monkeypatch.setitem(MODELS, "tiny", network := noting(Tiny))
+        run(renamed(config, name=name, start=str(start), seed=5), stop_after=1)
+        assert network.first.keys() == best.keys()
+        assert all(torch.equal(values, best[key]) for key, values in network.first.items())
+
+
+def test_a_run_begins_with_imagenets_encoder(config, imagenet, monkeypatch):
+    begun, plain = noting(ResNet18UNet), noting(ResNet18UNet)
+    for network, start in ((begun, "imagenet"), (plain, "")):
+        monkeypatch.setitem(MODELS, "resnet18_unet", network)
+        options = {"model": "resnet18_unet", "max_train": 16, "max_test": 2, "epochs": 1}
+        run(renamed(config, name=f"from {start}".strip(), start=start, **options))
+    theirs = imagenet.state_dict()
+    for name, values in begun.first.items():
+        if name.startswith("layer") and "tracked" not in name:
+            assert torch.equal(values, theirs[name])
+        # The rest is what the seed gives it.
+        assert torch.equal(values, plain.first[name]) == (name.startswith("decoder") or "tracked" in name)
+    assert begun.first.keys() == plain.first.keys()
+
+
+class Wide(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.layers[0], self.layers[1], self.layers[4] = nn.Conv2d(6, 9, 3, padding=1), nn.BatchNorm2d(9), nn.Conv2d(9, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "options, error, text",
+    [
+        ({"model": "tiny", "start": "imagenet"}, ValueError, "start is 'imagenet', but tiny has no .* Take resnet18_unet"),
+        (
+            {"model": "wide", "start": "other"},
+            ValueError,
+            r"start is '.*', which holds a Tiny, and model is 'wide'\. Give weights",
+        ),
+        ({"model": "dual_stream", "start": "other"}, ValueError, "holds a Tiny, and model is 'dual_stream'"),
+        ({"model": "tiny", "start": "nothing"}, FileNotFoundError, "nothing: there is no such file"),
+        ({"model": "resnet18_unet", "start": "imagenet"}, OSError, "Go online, or put https"),
+    ],
+)
+def test_weights_that_a_network_cannot_begin_with_are_refused_and_leave_no_folder(
+    config, place, monkeypatch, offline, options, error, text
+):
+    monkeypatch.setitem(MODELS, "wide", Wide)
+    if options["start"] == "other":
+        run(renamed(config, name="other", epochs=1))
+    if options["start"] != "imagenet":
+        options = options | {"start": str(place / options["start"])}
+    with pytest.raises(error, match=text) as caught:
+        run(renamed(config, **options))
+    assert "\n" not in str(caught.value) and not (place / "first").exists()
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(config, place):
+    run(renamed(config, name="origin", epochs=1))
+    begun = renamed(config, start=str(place / "origin"), average=0.5, epochs=2)
+    run(begun)
+    run(renamed(begun, name="parts"), stop_after=1)
+    shutil.rmtree(place / "origin")
+    run(renamed(begun, name="parts"))
+    assert_same_run(place / "first", place / "parts")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_begins_anew_with_the_same_weights(config, place):
+    run(renamed(config, name="origin", epochs=1))
+    begun = renamed(config, start=str(place / "origin"), average=0.5, epochs=2)
+    run(begun)
+    run(renamed(begun, name="parts"), stop_after=1)
+    (place / "parts" / "checkpoint.pt").write_bytes(b"damaged")
+    run(renamed(begun, name="parts"))
+    assert_same_run(place / "first", place / "parts")
+
+
+# Colours
 
 
 @pytest.fixture

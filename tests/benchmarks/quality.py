@@ -5,6 +5,8 @@ Each network is trained from each seed on each zip, with one recipe, in as many 
 (rounded up; where it does not pay for one, on as many samples as it does). Tables hold means over the zips, ± the standard
 deviation over the seeds. With --parts the rows are the first network with single parts of the recipe changed, measured on
 validation samples. What is finished is read, so seeds may be trained side by side, with --threads 1, before all are printed.
+
+With --weights FILE nothing is trained: these weights are measured on all samples of each zip, none of which they should know.
 """
 
 import argparse
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 from PIL import Image
+from scipy.stats import spearmanr
 from torchvision.transforms.v2.functional import resize
 
 import helpers
@@ -103,10 +106,9 @@ def saved_as_jpeg(picture: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def iou_by_hand(model: torch.nn.Module, path: str, size: int, how: str) -> float:
-    """Mean IoU on new backgrounds with new objects, whose pictures are changed at 192 pixels, and then resized."""
+def iou_by_hand(model: torch.nn.Module, path: str, size: int, how: str, indices: np.ndarray) -> float:
+    """Mean IoU on these samples, whose pictures are changed at 192 pixels, and then resized."""
     large, small, rng, values = open_zip(path, 192), open_zip(path, size), np.random.default_rng(0), []
-    indices = parts_of(Config("any"), small)["test_new_both"]
     for some in np.array_split(indices, -(-len(indices) // 32)):
         batch = large.batch(some)
         shots = [
@@ -118,6 +120,33 @@ def iou_by_hand(model: torch.nn.Module, path: str, size: int, how: str) -> float
             outputs = model.eval()(batch["bg"], batch["fg_bg"])
         values.append(measure(*outputs, batch["mask"], batch["depth"])["iou"])
     return torch.cat(values).mean().item()
+
+
+@torch.no_grad()
+def rank_correlation(model: torch.nn.Module, path: str, size: int, indices: np.ndarray) -> float:
+    """Spearman's, between the predicted and the true depth of a picture (every fourth pixel of both sides), mean over pictures:
+    1 where all that is farther is predicted farther."""
+    values = []
+    for some in np.array_split(indices, -(-len(indices) // 32)):
+        batch = to_float(open_zip(path, size).batch(some), DEVICE)
+        with helpers.autocast():
+            _, depth = model.eval()(batch["bg"], batch["fg_bg"])
+        pairs = (kind[..., ::4, ::4].float().flatten(1).cpu().numpy() for kind in (depth, batch["depth"]))
+        values += [spearmanr(*pair).statistic for pair in zip(*pairs, strict=True)]
+    return float(np.mean(values))
+
+
+def unseen(weights: str, zips: list[str], seed: int = 0) -> None:
+    """Prints what weights are worth on zips that they were not trained on."""
+    model, rows = helpers.load_model(weights), []
+    for path in zips:
+        ds = open_zip(path, model.size)
+        some = np.sort(np.random.default_rng(seed).permutation(len(ds))[:400])
+        results = score(model, ds, {"all": np.arange(len(ds))})["all"]
+        numbers = [*(results[metric] for metric in ("iou", "rmse", "delta1")), rank_correlation(model, path, model.size, some)]
+        numbers += [iou_by_hand(model, path, model.size, how, some) for how in SHOTS]
+        rows.append([Path(path).stem, f"{len(ds):,}", *(f"{number:.3f}" for number in numbers)])
+    print_table(["", "samples", "IoU", "RMSE", "δ < 1.25", "rank correlation", *SHOTS], rows)
 
 
 class NoNetwork:
@@ -154,8 +183,12 @@ def main():
     parser.add_argument("--augment", default=RECIPE["augment"], help="instead of the recipe's")
     parser.add_argument("--start", default="", help="weights to begin with")
     parser.add_argument("--parts", nargs="*", choices=PARTS, metavar="PART", help=f"{', '.join(PARTS)}; none named: all")
+    parser.add_argument("--weights", help="measured as they are; nothing is trained")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.weights is not None:
+        unseen(options.weights, options.zips)
+        return
     recipe = RECIPE | {"augment": options.augment, "start": options.start, "size": options.size}
     rows = {name: {"model": name} for name in options.models}
     if options.parts is not None:
@@ -215,6 +248,11 @@ def main():
         "New backgrounds with new objects. Last, the IoU where the background is moved by up to 2 pixels of 192, its light "
         "changed by up to 10 %, both pictures saved as JPEG of quality 30, and all three at once.\n"
     )
+
+    def by_hand(one: Run, k: int, how: str) -> float:
+        indices = parts_of(Config("any"), open_zip(options.zips[k], options.size))["test_new_both"]
+        return iou_by_hand(one.model(), options.zips[k], options.size, how, indices)
+
     table = []
     for label, seeds in done.items():
         row = (
@@ -222,7 +260,7 @@ def main():
             + cells(seeds, ("test_new_both",), ("rmse",))
             + cells(seeds, ("test_new_both",), ("delta1",))
         )
-        row += [mean(seeds, lambda one, k: iou_by_hand(one.model(), options.zips[k], options.size, how)) for how in SHOTS]  # noqa: B023
+        row += [mean(seeds, lambda one, k: by_hand(one, k, how)) for how in SHOTS]  # noqa: B023
         table.append([label, *row])
     print_table(["", "IoU", "RMSE", "δ < 1.25", *SHOTS], table)
 
