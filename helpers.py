@@ -17,6 +17,7 @@ import errno
 import functools
 import hashlib
 import html
+import importlib.util
 import io
 import itertools
 import json
@@ -2043,7 +2044,7 @@ class DifferenceUNet(nn.Module):
     Squares of `unshuffle` x `unshuffle` pixels become channels before the first convolution, so that nothing but three thin
     convolutions works at full size; one decoder makes mask and depth. `widths` are the channels at 1/2, 1/4, 1/8 and 1/16 of
     the size. Of the smallest features, every fifth is left out at random while it trains, so that no room is known by one of
-    them alone. Notebook 02 has the reason behind each part, with an experiment.
+    them alone. Notebook 02 has the reason behind each part.
     """
 
     inputs = staticmethod(with_difference)
@@ -3566,19 +3567,23 @@ def _write_tables(folder: Path, history: list[dict[str, float]], seconds: list[f
 # ---------- Prediction: any two photos ---------------------------------------------------------------------------------
 
 
-def load_model(weights: str | Path) -> nn.Module:
-    """A trained network, ready to predict, with the size in pixels at which it was trained as its attribute `size`.
+WEIGHTS = ROOT / "assets" / "difference_unet.pt"  # come with the project; trained on drawn scenes alone, at 192 pixels
+
+
+def load_model(weights: str | Path = "") -> nn.Module:
+    """A trained network, ready to predict, in float32. Its attribute `name` is that in MODELS, and `size` the size in pixels at
+    which it was trained.
 
     Args:
-        weights: the folder of a run, its best.pt, or any file with the state dict of a network in MODELS. Which network it is
-            and its size stand in the config.json beside it; without one, the names and shapes of its tensors tell, and
-            the size is 192.
+        weights: the folder of a run, its best.pt, or any file with the state dict of a network in MODELS, such as
+            `save_weights` writes. Which network it is and its size stand in the config.json beside it; without one, the
+            names and shapes of its tensors tell, and the size is 192. Empty: WEIGHTS, which come with the project.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file holds no weights, or those of another network.
     """
-    path = Path(weights)
+    path = Path(weights or WEIGHTS)
     path = path / "best.pt" if path.is_dir() else path
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file. Give the folder of a run, or a file of weights.")
@@ -3595,10 +3600,23 @@ def load_model(weights: str | Path) -> nn.Module:
         raise ValueError(f"{path} holds the weights of a network that is not known here. Known: {', '.join(MODELS)}.")
     if config and config.model not in fitting:
         raise ValueError(f"{path} holds the weights of {fitting[0]}, and not of {config.model}, as {beside} says.")
-    model = MODELS[config.model if config else fitting[0]]().to(DEVICE, memory_format=torch.channels_last)
+    name = config.model if config else fitting[0]
+    model = MODELS[name]().to(DEVICE, memory_format=torch.channels_last)
     model.load_state_dict(state)
-    model.size = config.size if config else 192
+    model.name, model.size = name, config.size if config else 192
     return model.eval()
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Writes a network's weights in half precision, as a state dict that `load_model` reads: half the size, each number
+    rounded to 11 binary digits (below 6e-5 to multiples of 6e-8). Raises ValueError where one is too large for that, or not
+    finite."""
+    state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    for name, value in state.items():
+        if not value.isfinite().all():
+            most = torch.finfo(torch.half).max
+            raise ValueError(f"{name} holds numbers beyond {most:g}, the largest in half precision. Use torch.save instead.")
+    _save(Path(path), state)
 
 
 @torch.no_grad()
@@ -3628,7 +3646,8 @@ class Prediction(NamedTuple):
 
 
 def predict_images(weights: str | Path, bg: str | Path, image: str | Path, folder: str | Path | None = None) -> Prediction:
-    """From two photos, of a background and of the same place with an object, the object's mask and the scene's depth.
+    """From two photos, of a background and of the same place with an object, the object's mask and the scene's depth, by the
+    network that `load_model` makes of the weights: empty takes those that come with the project.
 
     Writes `<image>_mask.png` and `<image>_depth.png`, grey, of the image's size, where 255 is the object and the far end,
     into the folder, by default the image's. The photos may be of any size and format, but of one shape.
@@ -3650,6 +3669,60 @@ def predict_images(weights: str | Path, bg: str | Path, image: str | Path, folde
     for picture, file in zip((mask, depth), files, strict=True):
         _save_picture(picture, file)
     return Prediction(*files, _show_four(dict(zip(KINDS, (*photos, mask, depth), strict=True))))
+
+
+class _Exported(nn.Module):
+    """A network with outputs that say what they are and need no knowledge of its loss."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, bg: Tensor, fg_bg: Tensor) -> dict[str, Tensor]:
+        mask_logits, depth = self.network(bg, fg_bg)
+        return {"mask": mask_logits.sigmoid(), "depth": depth}
+
+
+def export(weights: str | Path, folder: str | Path, size: int | None = None) -> tuple[Path, Path]:
+    """Writes a trained network for use without this project, named as in MODELS: `<network>.onnx`, which ONNX Runtime runs, and
+    `<network>.pt2`, of which `torch.export.load(file).module()` makes a function, in this version of PyTorch. Gives the two.
+
+    Both take `bg` and `fg_bg`, float32 (N, 3, H, W) in [0, 1], and give `mask`, the probability that a pixel is of the object,
+    and `depth`, 0 at the near end and 1 at the far end, both float32 (N, 1, H, W); the second gives them as a dict. N is free.
+    So are H and W, as multiples of the network's stride, from twice the stride on; best is the size at which it was trained.
+    The files hold no path of this machine.
+
+    Args:
+        weights: what `load_model` takes.
+        size: fixes H and W at so many pixels, for programs that need to know.
+
+    Raises:
+        ImportError: a package is missing, and which.
+        ValueError: the weights are none; the size is none that the network takes.
+    """
+    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"To export, {' and '.join(missing)} must be there: pip install {' '.join(missing)}")
+    model = load_model(weights)
+    stride = getattr(model, "stride", 1)
+    if size is not None and (size < stride or size % stride):
+        fits = max(stride, round(size / stride) * stride)
+        raise ValueError(f"size is {size}; {model.name} takes pictures of a multiple of {stride} pixels. Use {fits}.")
+    shape = {0: torch.export.Dim("batch")}
+    if size is None:  # a size of one stride would be a case of its own: what is left of it at the bottom is a single pixel
+        shape |= {axis: stride * torch.export.Dim(name, min=2) for axis, name in ((2, "h"), (3, "w"))}
+    example = torch.zeros(2, 2, 3, size or 2 * stride, size or 3 * stride)  # free sizes must not be 1, nor alike by chance
+    model.requires_grad_(False).to("cpu", memory_format=torch.contiguous_format)
+    program = torch.export.export(_Exported(model), tuple(example), dynamic_shapes={"bg": shape, "fg_bg": shape})
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # the paths
+    onnx = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["mask", "depth"], dynamic_shapes=[shape, None])
+    files = tuple(Path(folder) / f"{model.name}.{kind}" for kind in ("onnx", "pt2"))
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(files[0]) as part:
+        onnx.save(part, external_data=False)
+    with _replacing(files[1]) as part, open(part, "wb") as file:
+        torch.export.save(program, file)
+    return files
 
 
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # of the many that Pillow knows, some start other programs

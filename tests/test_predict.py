@@ -13,7 +13,7 @@ from PIL import Image, features
 from torch import nn
 
 import helpers
-from helpers import MODELS, Config, Prediction, load_model, predict, predict_images
+from helpers import MODELS, Config, Prediction, load_model, predict, predict_images, save_weights
 
 
 class StandIn(nn.Module):
@@ -190,7 +190,7 @@ def test_a_network_is_recognised_by_its_tensors(tmp_path, name, half):
     saved = (saved.half() if half else saved).state_dict()
     torch.save(saved, tmp_path / "any name")
     model = load_model(str(tmp_path / "any name"))
-    assert type(model) is type(MODELS[name]()) and model.size == 192
+    assert type(model) is type(MODELS[name]()) and (model.name, model.size) == (name, 192)
     assert not any(module.training for module in model.modules())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.device.type for p in model.parameters()} == {helpers.DEVICE.type}
@@ -206,7 +206,7 @@ def test_a_runs_network_has_the_size_of_its_config(tmp_path, by):
     saved = MODELS["dual_stream"]().state_dict()
     torch.save(saved, tmp_path / "best.pt")
     model = load_model(tmp_path if by == "folder" else tmp_path / "best.pt")
-    assert model.size == 48
+    assert (model.name, model.size) == ("dual_stream", 48)
     torch.testing.assert_close(dict(model.state_dict()), dict(saved))
 
 
@@ -292,6 +292,58 @@ def test_a_file_that_would_run_code_does_not(tmp_path, make, inside):
     assert (tmp_path / "harm").exists()  # so it would have
 
 
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """Stands in for the weights that come with the project, in half precision; gives the network."""
+    torch.manual_seed(0)
+    network = MODELS["difference_unet"]()
+    save_weights(network, tmp_path / "assets.pt")
+    monkeypatch.setattr(helpers, "WEIGHTS", tmp_path / "assets.pt")
+    return network
+
+
+def test_the_weights_that_come_with_the_project_are_taken_where_none_are_named(shipped, tmp_path, monkeypatch):
+    torch.save(StandIn().state_dict(), tmp_path / "best.pt")
+    monkeypatch.chdir(tmp_path)  # an empty name is not this folder's best.pt
+    for model in (load_model(), load_model("")):
+        assert model.name == "difference_unet" and model.size == 192
+        for name, value in shipped.state_dict().items():
+            found = model.state_dict()[name].cpu()
+            assert found.dtype == value.dtype and np.array_equal(found, value.numpy().astype(np.float16))
+
+
+# save_weights
+
+
+def test_weights_are_saved_in_half_precision_and_read_in_single(tmp_path):
+    """Numbers that are no halves; numpy rounds them for comparison."""
+    model = MODELS["dual_stream"]()
+    for value in model.state_dict().values():
+        value.copy_(1000 / 3 if value.is_floating_point() else 123_457)  # more batches than half precision could count
+    model.state_dict()["bg_stream.1.running_var"].copy_(torch.linspace(0, 1e-6, 32))
+    save_weights(model, str(tmp_path / "small.pt"))
+    torch.save(model.state_dict(), tmp_path / "large.pt")
+    assert (tmp_path / "small.pt").stat().st_size < 0.52 * (tmp_path / "large.pt").stat().st_size
+    stored, read = torch.load(tmp_path / "small.pt"), load_model(tmp_path / "small.pt").state_dict()
+    assert stored.keys() == read.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        halved = value.numpy().astype(np.float16) if value.is_floating_point() else value.numpy()
+        assert stored[name].numpy().dtype == halved.dtype and np.array_equal(stored[name], halved)
+        assert read[name].dtype == value.dtype and np.array_equal(read[name].cpu(), halved)
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32, torch.int64}  # the network is as it was
+
+
+@pytest.mark.parametrize("value", [65_520, -1e6, float("inf"), float("nan")])
+def test_numbers_that_half_precision_cannot_hold_are_refused(tmp_path, value):
+    model = Restless()
+    model.layers[1].running_var[1] = value
+    with pytest.raises(ValueError, match=r"layers\.1\.running_var holds numbers beyond 65504, .* Use torch\.save instead\."):
+        save_weights(model, tmp_path / "mine.pt")
+    assert not list(tmp_path.iterdir())
+    model.layers[1].running_var[1] = 65_519  # rounds to 65504
+    save_weights(model, tmp_path / "mine.pt")
+
+
 # predict_images
 
 
@@ -345,6 +397,14 @@ def test_files_have_the_size_of_the_image(weights, tmp_path, height, width):
     expected = predict(StandIn(), *(tensor(np.array(Image.open(path).convert("L")) / 255) for path in (bg, image)))
     assert np.array_equal(mask, 255 * expected[0][0, 0].numpy())
     np.testing.assert_allclose(depth, 255 * expected[1][0, 0].numpy(), atol=0.51)
+
+
+def test_without_weights_those_of_the_project_predict(shipped, tmp_path):
+    bg, image, *_ = write_scene(tmp_path, 64, 48)
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    found, expected = (predict_images(weights, bg, image, tmp_path / to) for weights, to in (("", "a"), (helpers.WEIGHTS, "b")))
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_far_is_white(weights, tmp_path):
