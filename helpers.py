@@ -2032,8 +2032,8 @@ class FullSizeDecoder(nn.Module):
 
 
 def with_difference(bg: Tensor, fg_bg: Tensor) -> Tensor:
-    """Both pictures, what is new in the second, and how much that is, four times enlarged: (N, 12, H, W). An object as bright
-    as what it hides differs by a few 1/255; bfloat16's numbers near white lie 1/256 apart, too far to subtract them there."""
+    """Both pictures, what is new in the second, and how much that is, four times enlarged: (N, 12, H, W). Where an object is as
+    bright as what it hides, that is a few hundredths, little beside pictures of 0 to 1."""
     difference = fg_bg - bg
     return torch.cat([bg, fg_bg, difference, 4 * difference.abs()], 1)
 
