@@ -13,7 +13,19 @@ from PIL import Image, features
 from torch import nn
 
 import helpers
-from helpers import MODELS, Config, Prediction, load_model, predict, predict_images, save_weights
+from helpers import (
+    MODELS,
+    Config,
+    Prediction,
+    ZipDataset,
+    baselines,
+    evaluate,
+    load_model,
+    predict,
+    predict_images,
+    save_weights,
+    split,
+)
 
 
 class StandIn(nn.Module):
@@ -310,6 +322,17 @@ def test_the_weights_that_come_with_the_project_are_taken_where_none_are_named(s
         for name, value in shipped.state_dict().items():
             found = model.state_dict()[name].cpu()
             assert found.dtype == value.dtype and np.array_equal(found, value.numpy().astype(np.float16))
+
+
+def test_the_weights_that_come_with_the_project_know_the_sample_far_better_than_no_network_does(sample):
+    """So they are those of the network as it stands in MODELS."""
+    assert helpers.WEIGHTS.stat().st_size < 3.5e6
+    assert {value.dtype for value in torch.load(helpers.WEIGHTS).values()} == {torch.float16, torch.int64}
+    model, ds = load_model(), ZipDataset(sample, 192)
+    parts = split(ds)
+    found, plain = (evaluate(one, ds, parts["test_new_both"]) for one in (model, baselines(ds, parts["train"])))
+    assert found["iou"].mean() > 0.9 > 0.75 > plain["iou"].mean()
+    assert found["rmse"].mean() < 0.12 < 0.2 < plain["rmse"].mean()
 
 
 # save_weights
