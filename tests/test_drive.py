@@ -699,6 +699,10 @@ def test_others_are_kept_away_from_a_run_and_a_process_that_ends_has_copied_all(
     assert_all_there(local / "first", drive / PROJECT / "first")
 
 
+def in_the_midst_of_a_later_epoch(checkpoint):
+    return checkpoint["within"] and checkpoint["history"]
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_what_a_lost_machine_has_left_on_drive_is_taken_up_by_the_next_to_the_same_result(
     drive, config, tmp_path, monkeypatch, undisturbed, capsys
@@ -706,7 +710,7 @@ def test_what_a_lost_machine_has_left_on_drive_is_taken_up_by_the_next_to_the_sa
     monkeypatch.setattr(helpers, "_BEAT", BEAT)
     lost = another_process(renamed(config, checkpoint_minutes=0.0), tmp_path / "lost", drive)
     there = drive / PROJECT / "first"
-    until(lambda: (there / "checkpoint.pt").exists() and checkpoint(there)["within"] and checkpoint(there)["history"])
+    until(lambda: (there / "checkpoint.pt").exists() and in_the_midst_of_a_later_epoch(checkpoint(there)))
     os.kill(lost.pid, signal.SIGKILL)
     lost.communicate()
     assert lost.returncode == -signal.SIGKILL and not (tmp_path / "lost" / "runs" / "first" / "results.json").exists()
