@@ -191,6 +191,33 @@ def test_a_size_the_network_cannot_take_is_refused():
         predict(MODELS["resunet"](), *torch.rand(2, 1, 3, 50, 50), size=50)
 
 
+class FromLeftToRight(torch.nn.Module):
+    """Mask logits from -1 to 1 and depth from 0 to 1, whatever it is shown."""
+
+    size = 32
+
+    def forward(self, bg, fg_bg):
+        rising = torch.linspace(0, 1, fg_bg.shape[3]).expand_as(fg_bg[:, :1])
+        return 2 * rising - 1, rising
+
+
+def test_what_a_network_says_of_a_picture_and_of_its_mirror_image_is_averaged():
+    mask_logits, depth = helpers.Mirrored(FromLeftToRight())(*torch.rand(2, 3, 3, 16, 24))
+    torch.testing.assert_close(mask_logits, torch.zeros(3, 1, 16, 24))
+    torch.testing.assert_close(depth, torch.full((3, 1, 16, 24), 0.5))
+    assert helpers.Mirrored(FromLeftToRight()).size == 32 and helpers.Mirrored(MODELS["stand_in"]()).size == 192
+
+
+def test_a_mirrored_picture_gets_the_mirrored_answer():
+    torch.manual_seed(0)
+    pictures = torch.rand(2, 2, 3, 32, 48)
+    plain = MODELS["difference_unet"]().eval()
+    for model, same in ((helpers.Mirrored(plain), True), (plain, False)):
+        answers, of_mirrored = model(*pictures), model(*pictures.flip(4))
+        for one, other in zip(answers, of_mirrored, strict=True):
+            assert torch.allclose(one, other.flip(3), atol=1e-5) == same
+
+
 # load_model
 
 
@@ -322,6 +349,19 @@ def test_the_weights_that_come_with_the_project_are_taken_where_none_are_named(s
         for name, value in shipped.state_dict().items():
             found = model.state_dict()[name].cpu()
             assert found.dtype == value.dtype and np.array_equal(found, value.numpy().astype(np.float16))
+
+
+def test_a_relative_path_starts_here_or_else_at_the_project(tmp_path, monkeypatch):
+    here, project = tmp_path / "here", tmp_path / "project"
+    for folder, seed in ((here, 1), (project, 2)):
+        (folder / "weights").mkdir(parents=True)
+        torch.manual_seed(seed)
+        save_weights(MODELS["difference_unet"](), folder / "weights" / "mine.pt")
+    monkeypatch.setattr(helpers, "ROOT", project)
+    for place, whose in ((here, here), (tmp_path, project)):
+        monkeypatch.chdir(place)
+        found, expected = (load_model(path).state_dict() for path in ("weights/mine.pt", whose / "weights" / "mine.pt"))
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_the_weights_that_come_with_the_project_know_the_sample_far_better_than_no_network_does(sample):
