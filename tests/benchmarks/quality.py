@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
@@ -28,7 +29,7 @@ from scipy.stats import spearmanr
 from torchvision.transforms.v2.functional import resize
 
 import helpers
-from helpers import DEVICE, MODELS, TITLES, Config, Run, baselines, measure, open_zip, parts_of, run, score, to_float
+from helpers import DEVICE, MODELS, TITLES, Config, Mirrored, Run, baselines, measure, open_zip, parts_of, run, score, to_float
 
 RECIPE = {
     "batch_size": 16,
@@ -52,6 +53,7 @@ PARTS = {
     "depth loss of DenseDepth": {"depth_loss": "densedepth"},
     "depth counts 3 times": {"depth_weight": 3.0},
     "Lovasz instead of BCE + Dice": {"mask_loss": "lovasz"},
+    "begun with the weights in assets/": {"start": "assets/difference_unet.pt"},
 }
 CELLS = ("test_seen", "test_new_bg", "test_new_fg", "test_new_both")
 SHOTS = ("moved", "relit", "JPEG 30", "all three")
@@ -149,22 +151,27 @@ def unseen(weights: str, zips: list[str], seed: int = 0) -> None:
     print_table(["", "samples", "IoU", "RMSE", "δ < 1.25", "rank correlation", *SHOTS], rows)
 
 
-class NoNetwork:
-    """The baselines of a zip, with what the tables ask of a Run."""
+class Scored:
+    """A network that no Run has scored, with what the tables ask of a Run."""
 
-    def __init__(self, path: str, size: int):
+    def __init__(self, model: torch.nn.Module, path: str, size: int):
         ds = open_zip(path, size)
         parts = parts_of(Config("any"), ds)
-        self._model = baselines(ds, parts["train"])
-        self.results = score(self._model, ds, {cell: parts[cell] for cell in CELLS})
+        self._model = model
+        self.results = score(model, ds, {cell: parts[cell] for cell in CELLS})
 
     def model(self) -> torch.nn.Module:
         return self._model
 
 
-def mean(seeds: list[list[Run]], value: Callable[[Run, int], float]) -> str:
-    """Of a value of each run (and the number of its zip), over the zips; and how it spreads over the seeds."""
-    values = [np.mean([value(one, k) for k, one in enumerate(zips)]) for zips in seeds]
+def no_network(path: str, size: int) -> Scored:
+    ds = open_zip(path, size)
+    return Scored(baselines(ds, parts_of(Config("any"), ds)["train"]), path, size)
+
+
+def mean(seeds: list[list], value: Callable[[Any], float]) -> str:
+    """Of a value of what stands for each seed and zip, over the zips; and how it spreads over the seeds."""
+    values = [np.mean([value(one) for one in zips]) for zips in seeds]
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
@@ -182,9 +189,12 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--augment", default=RECIPE["augment"], help="instead of the recipe's")
     parser.add_argument("--start", default="", help="weights to begin with")
+    parser.add_argument("--mirrored", action="store_true", help="networks are asked twice, as helpers.Mirrored does")
     parser.add_argument("--parts", nargs="*", choices=PARTS, metavar="PART", help=f"{', '.join(PARTS)}; none named: all")
     parser.add_argument("--weights", help="measured as they are; nothing is trained")
     options = parser.parse_args()
+    if options.mirrored and (options.parts is not None or options.weights is not None):
+        parser.error("--mirrored goes with neither --parts nor --weights.")
     torch.set_num_threads(options.threads)
     if options.weights is not None:
         unseen(options.weights, options.zips)
@@ -194,7 +204,7 @@ def main():
     if options.parts is not None:
         rows = {part: {"model": options.models[0]} | PARTS[part] for part in options.parts or PARTS}
 
-    done: dict[str, list[list[Run]]] = {}
+    done: dict[str, list[list[Run | Scored]]] = {}
     for label, changes in rows.items():
         for seed in options.seeds:
             zips = []
@@ -210,15 +220,16 @@ def main():
                 )
                 name = "quality/" + "-".join(str(one).replace(" ", "_") for one in what if one) + f"/seed-{seed}"
                 config = within_budget(Config(name=name, data=path, seed=seed, **settings), options.minutes)
-                zips.append(run(config, quiet=True))
+                trained = run(config, quiet=True)
+                zips.append(Scored(Mirrored(trained.model()), path, options.size) if options.mirrored else trained)
             done.setdefault(label, []).append(zips)
 
     stems = ", ".join(Path(path).stem for path in options.zips)
-    budget = f"{options.minutes:g} minutes of processor time for each training, {options.size} pixels, seeds {options.seeds}"
+    budget = f"{options.minutes:g} min of processor time for each training, {options.size} pixels, seeds {options.seeds}"
     print(f"{helpers.environment()}\n\nMeans over {stems}; {budget}.\n")
 
-    def cells(seeds: list[list[Run]], parts: tuple[str, ...], metrics: tuple[str, ...]) -> list[str]:
-        return [" / ".join(mean(seeds, lambda one, _: one.results[part][metric]) for metric in metrics) for part in parts]  # noqa: B023
+    def cells(seeds: list[list[Run | Scored]], parts: tuple[str, ...], metrics: tuple[str, ...]) -> list[str]:
+        return [" / ".join(mean(seeds, lambda one: one.results[part][metric]) for metric in metrics) for part in parts]  # noqa: B023
 
     if options.parts is not None:
         parts = ("valid", "valid_new")
@@ -237,7 +248,7 @@ def main():
             head, [[label, f"{seen[label]:,.0f}", *cells(seeds, parts, ("iou", "rmse"))] for label, seeds in done.items()]
         )
         return
-    done = {"no network": [[NoNetwork(path, options.size) for path in options.zips]]} | done
+    done = {"no network": [[no_network(path, options.size) for path in options.zips]]} | done
     parameters = {label: sum(p.numel() for p in MODELS[label]().parameters()) if label in MODELS else 0 for label in done}
     head = ["IoU / RMSE", "parameters", *(TITLES[cell] for cell in CELLS)]
     print_table(
@@ -249,18 +260,15 @@ def main():
         "changed by up to 10 %, both pictures saved as JPEG of quality 30, and all three at once.\n"
     )
 
-    def by_hand(one: Run, k: int, how: str) -> float:
-        indices = parts_of(Config("any"), open_zip(options.zips[k], options.size))["test_new_both"]
-        return iou_by_hand(one.model(), options.zips[k], options.size, how, indices)
+    def by_hand(one: Run | Scored, path: str) -> dict[str, float]:
+        model, indices = one.model(), parts_of(Config("any"), open_zip(path, options.size))["test_new_both"]
+        return {how: iou_by_hand(model, path, options.size, how, indices) for how in SHOTS}
 
     table = []
     for label, seeds in done.items():
-        row = (
-            cells(seeds, ("test_new_both",), ("iou",))
-            + cells(seeds, ("test_new_both",), ("rmse",))
-            + cells(seeds, ("test_new_both",), ("delta1",))
-        )
-        row += [mean(seeds, lambda one, k: by_hand(one, k, how)) for how in SHOTS]  # noqa: B023
+        row = [cell for metric in ("iou", "rmse", "delta1") for cell in cells(seeds, ("test_new_both",), (metric,))]
+        shots = [[by_hand(*pair) for pair in zip(zips, options.zips, strict=True)] for zips in seeds]
+        row += [mean(shots, lambda ious: ious[how]) for how in SHOTS]  # noqa: B023
         table.append([label, *row])
     print_table(["", "IoU", "RMSE", "δ < 1.25", *SHOTS], table)
 
