@@ -29,8 +29,16 @@ from scipy.stats import spearmanr
 from torchvision.transforms.v2.functional import resize
 
 import helpers
-from helpers import DEVICE, MODELS, TITLES, Config, Mirrored, Run, baselines, measure, open_zip, parts_of, run, score, to_float
+from helpers import DEVICE, MODELS, TITLES, Config, Mirrored, Run, measure, open_zip, parts_of, run, score, to_float
 
+
+def with_ratios(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L1 + (1 - SSIM) / 2 + gradient + 0.3 silog. The delta metrics compare ratios of depths, and so does the last term: it
+    makes an error of one level cost most where depths are small. With 0.3 it is about as large as L1."""
+    return helpers.l1_ssim_gradient(prediction, target) + 0.3 * helpers.silog(prediction, target)
+
+
+helpers.DEPTH_LOSSES["with_ratios"] = with_ratios
 RECIPE = {
     "batch_size": 16,
     "optimizer": "adamw",
@@ -51,6 +59,7 @@ PARTS = {
     "not averaged": {"average": 0.0},
     "weight decay 0.01": {"weight_decay": 0.01},
     "depth loss of DenseDepth": {"depth_loss": "densedepth"},
+    "depth loss with ratios": {"depth_loss": "with_ratios"},
     "depth counts 3 times": {"depth_weight": 3.0},
     "Lovasz instead of BCE + Dice": {"mask_loss": "lovasz"},
     "begun with the weights in assets/": {"start": "assets/difference_unet.pt"},
@@ -139,15 +148,21 @@ def rank_correlation(model: torch.nn.Module, path: str, size: int, indices: np.n
 
 
 def unseen(weights: str, zips: list[str], seed: int = 0) -> None:
-    """Prints what weights are worth on zips that they were not trained on."""
+    """Prints what weights are worth on zips that they were not trained on, and beside it no network, which knows the threshold
+    and the mean depth of each zip's training samples."""
     model, rows = helpers.load_model(weights), []
     for path in zips:
         ds = open_zip(path, model.size)
         some = np.sort(np.random.default_rng(seed).permutation(len(ds))[:400])
-        results = score(model, ds, {"all": np.arange(len(ds))})["all"]
-        numbers = [*(results[metric] for metric in ("iou", "rmse", "delta1")), rank_correlation(model, path, model.size, some)]
-        numbers += [iou_by_hand(model, path, model.size, how, some) for how in SHOTS]
-        rows.append([Path(path).stem, f"{len(ds):,}", *(f"{number:.3f}" for number in numbers)])
+        ours, none = Path(path).stem, f"{Path(path).stem}: no network"
+        for label, network in {none: helpers.baselines(ds, parts_of(Config("any"), ds)["train"]), ours: model}.items():
+            results = score(network, ds, {"all": np.arange(len(ds))})["all"]
+            numbers = [
+                *(results[name] for name in ("iou", "rmse", "delta1")),
+                rank_correlation(network, path, model.size, some),
+            ]
+            numbers += [iou_by_hand(network, path, model.size, how, some) for how in SHOTS]
+            rows.append([label, f"{len(ds):,}", *(f"{number:.3f}" for number in numbers)])
     print_table(["", "samples", "IoU", "RMSE", "δ < 1.25", "rank correlation", *SHOTS], rows)
 
 
@@ -166,7 +181,7 @@ class Scored:
 
 def no_network(path: str, size: int) -> Scored:
     ds = open_zip(path, size)
-    return Scored(baselines(ds, parts_of(Config("any"), ds)["train"]), path, size)
+    return Scored(helpers.baselines(ds, parts_of(Config("any"), ds)["train"]), path, size)
 
 
 def mean(seeds: list[list], value: Callable[[Any], float]) -> str:
@@ -188,6 +203,9 @@ def main():
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--augment", default=RECIPE["augment"], help="instead of the recipe's")
+    parser.add_argument(
+        "--depth-loss", default=RECIPE["depth_loss"], choices=helpers.DEPTH_LOSSES, help="instead of the recipe's"
+    )
     parser.add_argument("--start", default="", help="weights to begin with")
     parser.add_argument("--mirrored", action="store_true", help="networks are asked twice, as helpers.Mirrored does")
     parser.add_argument("--parts", nargs="*", choices=PARTS, metavar="PART", help=f"{', '.join(PARTS)}; none named: all")
@@ -199,7 +217,8 @@ def main():
     if options.weights is not None:
         unseen(options.weights, options.zips)
         return
-    recipe = RECIPE | {"augment": options.augment, "start": options.start, "size": options.size}
+    given = {"augment": options.augment, "depth_loss": options.depth_loss, "start": options.start, "size": options.size}
+    recipe = RECIPE | given
     rows = {name: {"model": name} for name in options.models}
     if options.parts is not None:
         rows = {part: {"model": options.models[0]} | PARTS[part] for part in options.parts or PARTS}
@@ -216,6 +235,7 @@ def main():
                     f"{options.minutes:g}",
                     label,
                     settings["augment"],
+                    options.depth_loss if options.depth_loss != RECIPE["depth_loss"] else "",
                     Path(options.start).stem,
                 )
                 name = "quality/" + "-".join(str(one).replace(" ", "_") for one in what if one) + f"/seed-{seed}"
