@@ -147,6 +147,11 @@ def rank_correlation(model: torch.nn.Module, path: str, size: int, indices: np.n
     return float(np.mean(values))
 
 
+def no_network(path: str, size: int) -> torch.nn.Module:
+    ds = open_zip(path, size)
+    return helpers.baselines(ds, parts_of(Config("any"), ds)["train"])
+
+
 def unseen(weights: str, zips: list[str], seed: int = 0) -> None:
     """Prints what weights are worth on zips that they were not trained on, and beside it no network, which knows the threshold
     and the mean depth of each zip's training samples."""
@@ -155,7 +160,7 @@ def unseen(weights: str, zips: list[str], seed: int = 0) -> None:
         ds = open_zip(path, model.size)
         some = np.sort(np.random.default_rng(seed).permutation(len(ds))[:400])
         ours, none = Path(path).stem, f"{Path(path).stem}: no network"
-        for label, network in {none: helpers.baselines(ds, parts_of(Config("any"), ds)["train"]), ours: model}.items():
+        for label, network in {none: no_network(path, model.size), ours: model}.items():
             results = score(network, ds, {"all": np.arange(len(ds))})["all"]
             numbers = [
                 *(results[name] for name in ("iou", "rmse", "delta1")),
@@ -177,11 +182,6 @@ class Scored:
 
     def model(self) -> torch.nn.Module:
         return self._model
-
-
-def no_network(path: str, size: int) -> Scored:
-    ds = open_zip(path, size)
-    return Scored(helpers.baselines(ds, parts_of(Config("any"), ds)["train"]), path, size)
 
 
 def mean(seeds: list[list], value: Callable[[Any], float]) -> str:
@@ -268,7 +268,7 @@ def main():
             head, [[label, f"{seen[label]:,.0f}", *cells(seeds, parts, ("iou", "rmse"))] for label, seeds in done.items()]
         )
         return
-    done = {"no network": [[no_network(path, options.size) for path in options.zips]]} | done
+    done = {"no network": [[Scored(no_network(path, options.size), path, options.size) for path in options.zips]]} | done
     parameters = {label: sum(p.numel() for p in MODELS[label]().parameters()) if label in MODELS else 0 for label in done}
     head = ["IoU / RMSE", "parameters", *(TITLES[cell] for cell in CELLS)]
     print_table(
