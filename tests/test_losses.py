@@ -12,12 +12,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torchmetrics.functional.image import image_gradients
 from torchvision.ops import sigmoid_focal_loss
 
-import helpers
 from helpers import DEPTH_LOSSES, MASK_LOSSES, Config, task_loss
 
 LOSSES = {"mask": MASK_LOSSES, "depth": DEPTH_LOSSES}
 ALL = [(kind, name) for kind, losses in LOSSES.items() for name in losses]  # some names stand for one of each
-OVER_THE_BATCH = ("depth", "berhu")  # the only loss that is not the mean of what its pictures cost
 
 every = pytest.mark.parametrize("kind, name", ALL, ids=map("-".join, ALL))
 every_mask = pytest.mark.parametrize("name", MASK_LOSSES)
@@ -36,16 +34,16 @@ def pixels(*rows):
     return torch.tensor([[rows]], dtype=torch.float32)
 
 
-def flat(level, side=12):
-    return torch.full((1, 1, side, side), level)
-
-
-# First principles and other libraries. Each is given float64 arrays: p, the mask's probability or the depth, and the truth.
+# Each oracle is given float64 arrays: p, the mask's probability or the depth, and the truth.
 
 
 def mean_of_pictures(loss):
     """The oracle of one picture, for a batch."""
     return lambda p, t: np.mean([loss(*pair) for pair in zip(p[:, 0], t[:, 0], strict=True)])
+
+
+def with_tensors(loss):
+    return lambda p, t: loss(torch.from_numpy(p), torch.from_numpy(t)).item()
 
 
 def cross_entropy(p, t, positive=1.0):
@@ -67,24 +65,16 @@ def dissimilarity(p, t):
     return (1 - structural_similarity(p, t, **options)) / 2
 
 
+@with_tensors
 def edges(p, t):
-    pairs = zip(image_gradients(torch.from_numpy(p)), image_gradients(torch.from_numpy(t)), strict=True)
-    return sum((one - other).abs().mean() for one, other in pairs).item()
-
-
-def monai_dice(p, t):
-    return DiceLoss(smooth_nr=1, smooth_dr=1)(torch.from_numpy(p), torch.from_numpy(t)).item()
-
-
-def monai_tversky(p, t):
-    loss = TverskyLoss(alpha=0.3, beta=0.7, smooth_nr=1, smooth_dr=1)
-    return loss(torch.from_numpy(p), torch.from_numpy(t)).item()
+    pairs = zip(image_gradients(p), image_gradients(t), strict=True)
+    return sum((one - other).abs().mean() for one, other in pairs)
 
 
 @mean_of_pictures
 def lovasz_by_levels(p, t):
-    """The extension of a set function is its integral over the levels of the errors: here the Jaccard loss of the pixels
-    whose hinge is at least so high, |wrong| / |true or wrong|, times the height of each step."""
+    """The extension of a set function is its integral over the levels of the errors: here the Jaccard loss of
+    the pixels whose hinge is at least so high, |wrong| / |true or wrong|, times the height of each step."""
     hinge = np.maximum(0, 1 - np.log(p / (1 - p)) * (2 * t - 1))
     levels = np.unique([0, *hinge.flat])
     wrong = [hinge >= level for level in levels[1:]]
@@ -113,6 +103,7 @@ def log_scatter(p, t):
     return np.sqrt(np.mean(q**2) - np.mean(q) ** 2 / 2)
 
 
+monai_dice = with_tensors(DiceLoss(smooth_nr=1, smooth_dr=1))
 ORACLES = {
     "mask": {
         "bce": cross_entropy,
@@ -120,8 +111,8 @@ ORACLES = {
         "l1": absolute,
         "rmse": root_of_squares,
         "dice": monai_dice,
-        "tversky": monai_tversky,
-        "focal": lambda p, t: sigmoid_focal_loss(*map(torch.from_numpy, (np.log(p / (1 - p)), t)), reduction="mean").item(),
+        "tversky": with_tensors(TverskyLoss(alpha=0.3, beta=0.7, smooth_nr=1, smooth_dr=1)),
+        "focal": with_tensors(lambda p, t: sigmoid_focal_loss(p.logit(), t, reduction="mean")),
         "lovasz": lovasz_by_levels,
         "ssim": dissimilarity,
         "bce_dice": lambda p, t: cross_entropy(p, t) + monai_dice(p, t),
@@ -142,10 +133,10 @@ ORACLES = {
 
 
 def test_the_losses_are_those_of_the_reports():
-    assert {kind: set(losses) for kind, losses in LOSSES.items()} == {kind: set(oracles) for kind, oracles in ORACLES.items()}
+    assert {kind: set(of) for kind, of in LOSSES.items()} == {kind: set(of) for kind, of in ORACLES.items()}
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.float64, 1e-6)])  # SSIM's window is float32
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.float64, 1e-6)])
 @every
 def test_a_loss_equals_an_independent_computation(kind, name, dtype, tolerance):
     prediction, target = random_pair(kind, dtype=dtype)
@@ -157,125 +148,43 @@ def test_a_loss_equals_an_independent_computation(kind, name, dtype, tolerance):
 
 
 SURE = 99.0  # as a logit
-UNLIKE = (1 - (2 * 0.2 * 0.8 + 1e-4) / (0.2**2 + 0.8**2 + 1e-4)) / 2  # SSIM's loss of flat pictures of .2 and .8
+THREE = math.log(3)  # the logit of 3/4
+BY_HAND = [
+    ("mask bce", [50, -50], [0, 1], 50),
+    ("mask dice", [-SURE, -SURE], [0, 0], 0),
+    ("mask tversky", [SURE, SURE, SURE], [1, 0, 0], 1 - 2 / 2.6),  # too much costs less ...
+    ("mask tversky", [SURE, -SURE, -SURE], [1, 1, 1], 1 - 2 / 3.4),  # ... than too little
+    ("mask focal", [THREE], [1], 0.25 * 0.25**2 * math.log(4 / 3)),
+    ("mask lovasz", [0, 1], [1, 0], 1.5),  # hinges 1 and 2: (2 - 1) * 1/2 for the second, 1 * 2/2 for both
+    ("mask lovasz", [0.5, -0.5, -3], [0, 0, 0], 1.5),  # of an empty mask the worst pixel alone
+    ("depth huber", [0.55, 0.5], [0.5, 0.5], 0.00125 / 2),
+    ("depth berhu", [1, 0.1], [0, 0], (1.04 / 0.4 + 0.1) / 2),
+    ("depth gradient", [0.1, 0.6], [0.3, 0.8], 0),
+    ("depth silog", [0.5, 0.25], [0.25, 0.25], math.log(2) * math.sqrt(3 / 8)),
+    ("depth silog", [0, 1 / 255], [1 / 255, 0], 0),
+]
+
+
+@pytest.mark.parametrize("which, prediction, target, expected", BY_HAND)
+def test_exact_numbers(which, prediction, target, expected):
+    kind, name = which.split()
+    value = LOSSES[kind][name](pixels(prediction), pixels(target))
+    assert value.item() == pytest.approx(expected, rel=1e-4, abs=2e-6)
 
 
 @pytest.mark.parametrize(
-    "loss, prediction, target, expected",
+    "name, options, other, factor",
     [
-        (helpers.bce, pixels([0, 0]), pixels([0, 1]), math.log(2)),
-        (helpers.bce, pixels([math.log(3), -math.log(3)]), pixels([1, 1]), (math.log(4 / 3) + math.log(4)) / 2),
-        (helpers.bce, pixels([50, -50]), pixels([0, 1]), 50),
-        (helpers.weighted_bce, pixels([0, 0]), pixels([0, 1]), 3 * math.log(2)),
-        (partial(helpers.weighted_bce, pos_weight=2.0), pixels([0, 0]), pixels([1, 1]), 2 * math.log(2)),
-        (MASK_LOSSES["l1"], pixels([0, math.log(3)]), pixels([1, 1]), 0.375),
-        (MASK_LOSSES["rmse"], pixels([math.log(3), SURE]), pixels([0, 1]), 0.75 / math.sqrt(2)),
-        (MASK_LOSSES["ssim"], flat(math.log(1 / 4)), flat(0.8), UNLIKE),
-        (MASK_LOSSES["dice"], pixels([0, 0]), pixels([1, 0]), 1 - 2 / 3),
-        (MASK_LOSSES["dice"], pixels([SURE, -SURE, SURE]), pixels([1, 1, 0]), 1 - 3 / 5),
-        (MASK_LOSSES["dice"], pixels([-SURE, -SURE]), pixels([0, 0]), 0),
-        (MASK_LOSSES["dice"], pixels([SURE, SURE]), pixels([0, 0]), 1 - 1 / 3),
-        (helpers.tversky, pixels([SURE, -SURE, SURE]), pixels([1, 1, 0]), 1 - 2 / 3),
-        (helpers.tversky, pixels([SURE, SURE, SURE]), pixels([1, 0, 0]), 1 - 2 / 2.6),  # too much costs less ...
-        (helpers.tversky, pixels([SURE, -SURE, -SURE]), pixels([1, 1, 1]), 1 - 2 / 3.4),  # ... than too little
-        (partial(helpers.tversky, a=1.0, b=1.0), pixels([SURE, -SURE, SURE]), pixels([1, 1, 0]), 1 - 2 / 4),
-        (helpers.focal, pixels([0, 0]), pixels([0, 1]), math.log(2) / 8),
-        (helpers.focal, pixels([math.log(3)]), pixels([1]), 0.25 * 0.25**2 * math.log(4 / 3)),
-        (helpers.focal, pixels([math.log(3)]), pixels([0]), 0.75 * 0.75**2 * math.log(4)),
-        (partial(helpers.focal, alpha=0.5, gamma=1.0), pixels([math.log(3)]), pixels([1]), 0.5 * 0.25 * math.log(4 / 3)),
-        (helpers.lovasz, pixels([0, 1]), pixels([1, 0]), 1.5),  # hinges 1 and 2: (2 - 1) * 1/2 for the second, 1 * 2/2 for both
-        (helpers.lovasz, pixels([2, -0.5, -3]), pixels([1, 1, 0]), 1.5 * 1 / 2),
-        (helpers.lovasz, pixels([0.5, -0.5, -3]), pixels([0, 0, 0]), 1.5),  # of an empty mask the worst pixel alone
-        (helpers.bce_dice, pixels([0, 0]), pixels([1, 0]), math.log(2) + 1 / 3),
-        (helpers.l1, pixels([0.5, 0.25]), pixels([0, 1]), 0.625),
-        (helpers.rmse, pixels([0.3, 0.6]), pixels([0, 1]), math.sqrt(0.125)),
-        (helpers.huber, pixels([0.55, 0.5]), pixels([0.5, 0.5]), 0.00125 / 2),
-        (helpers.huber, pixels([0.8]), pixels([0.5]), 0.1 * 0.25),
-        (partial(helpers.huber, delta=0.5), pixels([0.8]), pixels([0.5]), 0.045),
-        (helpers.berhu, pixels([1, 0.1]), pixels([0, 0]), (1.04 / 0.4 + 0.1) / 2),
-        (helpers.berhu, torch.tensor([1, 0.1]).view(2, 1, 1, 1), torch.zeros(2, 1, 1, 1), (1.04 / 0.4 + 0.1) / 2),
-        (helpers.ssim, flat(0.2), flat(0.8), UNLIKE),
-        (helpers.gradient, pixels([0, 0.5], [0, 0]), pixels([0, 0], [0, 0]), 0.25),
-        (helpers.gradient, pixels([0.1, 0.6], [0.1, 0.6]), pixels([0.3, 0.8], [0.3, 0.8]), 0),
-        (DEPTH_LOSSES["dice"], pixels([0.5, 0.25]), pixels([0.5, 1]), 1 - 2 / 3.25),
-        (helpers.silog, pixels([0.5, 0.25]), pixels([0.25, 0.25]), math.log(2) * math.sqrt(3 / 8)),
-        (helpers.silog, pixels([0, 0]), pixels([1, 1]), math.log(255) * math.sqrt(1 / 2)),
-        (helpers.silog, pixels([0, 1 / 255]), pixels([1 / 255, 0]), 0),
-        (helpers.l1_ssim_gradient, flat(0.2), flat(0.8), 0.6 + UNLIKE),
-        (helpers.densedepth, flat(0.2), flat(0.8), 0.06 + UNLIKE),
+        # I + (FP + FN) / 2 + 1 is half of sum p + sum t + 2: Dice, but smoothed otherwise; likewise IoU.
+        ("tversky", {"a": 0.5, "b": 0.5}, DiceLoss(sigmoid=True, smooth_nr=2, smooth_dr=2), 1),
+        ("tversky", {"a": 1.0, "b": 1.0}, DiceLoss(sigmoid=True, jaccard=True, smooth_nr=2, smooth_dr=2), 1),
+        ("weighted_bce", {"pos_weight": 1.0}, MASK_LOSSES["bce"], 1),
+        ("focal", {"alpha": 0.5, "gamma": 0.0}, MASK_LOSSES["bce"], 1 / 2),
     ],
 )
-def test_exact_numbers(loss, prediction, target, expected):
-    assert loss(prediction, target).item() == pytest.approx(expected, rel=1e-4, abs=2e-6)
-
-
-@pytest.mark.parametrize("kind, name", [case for case in ALL if case != OVER_THE_BATCH])
-def test_a_batch_costs_the_mean_of_its_pictures(kind, name):
-    loss, (prediction, target) = LOSSES[kind][name], random_pair(kind)
-    alone = [loss(prediction[i : i + 1], target[i : i + 1]).item() for i in range(len(target))]
-    assert max(alone) - min(alone) > 0.003
-    assert loss(prediction, target).item() == pytest.approx(np.mean(alone), abs=1e-6)
-
-
-# How they relate
-
-
-@pytest.mark.parametrize(
-    "one, other, factor",
-    [
-        # Doubled, I + (FP + FN) / 2 + 1 is sum p + sum t + 2: Dice and intersection over union, but for their smoothing.
-        (partial(helpers.tversky, a=0.5, b=0.5), DiceLoss(sigmoid=True, smooth_nr=2, smooth_dr=2), 1),
-        (partial(helpers.tversky, a=1.0, b=1.0), DiceLoss(sigmoid=True, jaccard=True, smooth_nr=2, smooth_dr=2), 1),
-        (partial(helpers.weighted_bce, pos_weight=1.0), helpers.bce, 1),
-        (partial(helpers.focal, alpha=0.5, gamma=0.0), helpers.bce, 1 / 2),
-        (helpers.weighted_bce, partial(helpers.weighted_bce, pos_weight=5.0), 1),
-        (helpers.tversky, partial(helpers.tversky, a=0.3, b=0.7), 1),
-        (helpers.focal, partial(helpers.focal, alpha=0.25, gamma=2.0), 1),
-    ],
-)
-def test_a_mask_loss_becomes_another(one, other, factor):
+def test_with_other_options_a_mask_loss_becomes_another(name, options, other, factor):
     pair = random_pair("mask")
-    torch.testing.assert_close(one(*pair), factor * other(*pair))
-
-
-@pytest.mark.parametrize("truth", [0, 1])
-def test_lovasz_of_a_single_pixel_is_its_hinge(truth):
-    logits = torch.tensor([-1.5, -1, -0.5, 0, 0.5, 1, 1.5]).view(-1, 1, 1, 1)
-    expected = (1 - (2 * truth - 1) * logits).clamp_min(0)
-    for one, hinge in zip(logits, expected, strict=True):
-        assert helpers.lovasz(one[None], torch.full((1, 1, 1, 1), float(truth))).item() == hinge.item()
-    assert helpers.lovasz(logits, torch.full_like(logits, truth)).item() == pytest.approx(expected.mean().item())
-
-
-@pytest.mark.parametrize("delta", [1.0, 2.0])
-def test_huber_of_small_errors_is_half_their_square(delta):
-    d, g = random_pair("depth")
-    assert helpers.huber(d, g, delta=delta).item() == pytest.approx((d - g).square().mean().item() / 2)
-
-
-def test_huber_of_large_errors_is_nearly_their_absolute_value():
-    d, g = random_pair("depth")
-    assert helpers.huber(d, g, delta=1e-4).item() / 1e-4 == pytest.approx(helpers.l1(d, g).item(), rel=1e-3)
-
-
-@pytest.mark.parametrize("factor", [0.5, 0.9, 1.1, 2.0])
-def test_silog_counts_half_of_what_a_common_factor_does(factor):
-    """silog^2 is the variance of q plus half its mean's square: a factor moves the mean alone, and costs log(f) / sqrt(2)."""
-    d, g = (0.1 + 0.3 * depth for depth in random_pair("depth", n=1))
-    moved = helpers.silog(factor * g, g).item()
-    assert moved == pytest.approx(abs(math.log(factor)) / math.sqrt(2), rel=1e-4)
-    q = (d / g).log()
-    for f in (1.0, factor):
-        expected = q.var(correction=0) + (q.mean() + math.log(f)) ** 2 / 2
-        assert helpers.silog(f * d, g).item() == pytest.approx(expected.sqrt().item(), rel=1e-4)
-
-
-def test_dice_of_depth_is_least_at_a_thresholded_map_and_not_at_the_truth():
-    """Why it is no loss for depth: as sums of products go, it pays to push every level to 0 or 1."""
-    ramp = torch.linspace(0, 1, 16).expand(1, 1, 16, 16)
-    loss = DEPTH_LOSSES["dice"]
-    assert loss((ramp > 0.5).float(), ramp) < loss(ramp, ramp) - 0.05
-    assert loss(ramp, ramp) > 0.1
+    torch.testing.assert_close(MASK_LOSSES[name](*pair, **options), factor * other(*pair))
 
 
 # Gradients and extremes
@@ -284,7 +193,7 @@ def test_dice_of_depth_is_least_at_a_thresholded_map_and_not_at_the_truth():
 @every
 def test_gradients_equal_finite_differences(kind, name):
     prediction, target = random_pair(kind, n=1, height=12, width=11, dtype=torch.float64)
-    worst = (prediction - target).abs().amax() if (kind, name) == OVER_THE_BATCH else -1  # c is no part of the gradient
+    worst = (prediction - target).abs().amax() if name == "berhu" else -1  # c has no gradient
     free, start = (prediction - target).abs() != worst, prediction.clone()
 
     def loss(values):
@@ -294,43 +203,32 @@ def test_gradients_equal_finite_differences(kind, name):
 
 
 def test_berhus_bend_is_no_part_of_its_gradient():
-    """At the worst pixel, (e^2 + c^2) / (2c) with c = .2 e would fall to a slope of 2.6; held fast, it has e / c = 5."""
+    """At the worst pixel, (e^2 + c^2) / (2c) with c = .2 e would have a slope of 2.6; held fast, it has 5."""
     depth = pixels([0.8, 0.1, 0.0]).requires_grad_()
-    helpers.berhu(depth, pixels([0.3, 0.15, 0.3])).backward()
+    DEPTH_LOSSES["berhu"](depth, pixels([0.3, 0.15, 0.3])).backward()
     torch.testing.assert_close(depth.grad, pixels([5, -1, -3]) / 3)
 
 
-FLAT_TRUTHS = {"black": torch.zeros(2, 1, 16, 20), "white": torch.ones(2, 1, 16, 20), "any": random_pair("depth")[1]}
+FLAT_TRUTHS = {"black": torch.zeros(2, 1, 16, 20), "white": torch.ones(2, 1, 16, 20)}
 
 
 @every_depth
-@pytest.mark.parametrize("target", FLAT_TRUTHS.values(), ids=FLAT_TRUTHS)
-def test_perfect_depth_costs_nothing_and_any_other_more(name, target):
-    loss, prediction = DEPTH_LOSSES[name], target.clone().requires_grad_()
-    value = loss(prediction, target)
+@pytest.mark.parametrize("truth", [*FLAT_TRUTHS.values(), random_pair("depth")[1]], ids=[*FLAT_TRUTHS, "any"])
+def test_perfect_depth_costs_nothing_and_any_other_more(name, truth):
+    prediction = truth.clone().requires_grad_()
+    value = DEPTH_LOSSES[name](prediction, truth)
     value.backward()
     assert value.item() == pytest.approx(0, abs=2e-6) and prediction.grad.isfinite().all()
-    noise = 0.05 * torch.rand(target.shape, generator=torch.Generator().manual_seed(2))
-    assert loss((target - noise).abs(), target) > value + 3e-4
-
-
-@pytest.mark.parametrize("target", FLAT_TRUTHS.values(), ids=FLAT_TRUTHS)
-def test_dice_of_depth_is_finite_at_the_truth(target):
-    prediction = target.clone().requires_grad_()
-    DEPTH_LOSSES["dice"](prediction, target).backward()
-    assert prediction.grad.isfinite().all()
-
-
-def signs(truth):
-    return 2 * truth - 1
+    noise = 0.05 * torch.rand(truth.shape, generator=torch.Generator().manual_seed(2))
+    assert DEPTH_LOSSES[name]((truth - noise).abs(), truth) > value + 3e-4
 
 
 @every_mask
-@pytest.mark.parametrize("truth", [torch.zeros(2, 1, 12, 12), torch.ones(2, 1, 12, 12), random_pair("mask")[1]])
+@pytest.mark.parametrize("truth", [*FLAT_TRUTHS.values(), random_pair("mask")[1]], ids=[*FLAT_TRUTHS, "any"])
 def test_masks_empty_full_and_between(name, truth):
-    """Right costs nearly nothing, wrong much; no value and no gradient is infinite, however sure the prediction."""
+    """Right costs nearly nothing, wrong much; values and gradients are finite, however sure the logits."""
     values = []
-    for logits in (20 * signs(truth), -20 * signs(truth)):
+    for logits in (20 * (2 * truth - 1), -20 * (2 * truth - 1)):
         logits.requires_grad_()
         values.append(MASK_LOSSES[name](logits, truth))
         values[-1].backward()
@@ -339,108 +237,94 @@ def test_masks_empty_full_and_between(name, truth):
     assert values[1] > (0.49 if name == "ssim" else 0.9)  # (1 - SSIM) / 2 of black and white
 
 
-@every_mask
-def test_a_perfect_mask_costs_the_least(name):
-    truth = random_pair("mask")[1]
-    perfect = 20 * signs(truth)
-    flipped = torch.rand(10, *truth.shape, generator=torch.Generator().manual_seed(3)) < 0.02
-    spoilt = [torch.where(some, -perfect, perfect) for some in flipped]
-    unsure = [sure * signs(truth) for sure in (0.0, 0.2, 0.9)]
-    least = MASK_LOSSES[name](perfect, truth)
-    assert all(MASK_LOSSES[name](logits, truth) > least + 1e-4 for logits in spoilt + unsure)
-
-
-# Precision
+def test_dice_of_depth_is_least_at_a_thresholded_map_and_not_at_the_truth():
+    """Why it is no loss for depth: as sums of products go, it pays to push every level to 0 or 1."""
+    ramp, loss = torch.linspace(0, 1, 16).expand(1, 1, 16, 16), DEPTH_LOSSES["dice"]
+    assert loss((ramp > 0.5).float(), ramp) < loss(ramp, ramp) - 0.05 and loss(ramp, ramp) > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @every
-def test_half_precision_is_computed_in_float32(kind, name, dtype):
+def test_half_precision_and_autocast_are_computed_in_float32(kind, name, dtype):
     prediction, target = (picture.to(dtype) for picture in random_pair(kind))
-    value = LOSSES[kind][name](prediction, target)
-    assert value.dtype == torch.float32
-    assert torch.equal(value, LOSSES[kind][name](prediction.float(), target.float()))
-
-
-@every
-def test_autocast_changes_nothing(kind, name):
-    prediction, target = random_pair(kind)
-    outside = LOSSES[kind][name](prediction, target)
+    expected = LOSSES[kind][name](prediction.float(), target.float())
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(LOSSES[kind][name](prediction, target), outside)
+        for pair in ((prediction, target), (prediction.float(), target.float())):
+            value = LOSSES[kind][name](*pair)
+            assert value.dtype == torch.float32 and torch.equal(value, expected)
 
 
-# Refusals and names
-
-
-@pytest.mark.parametrize("loss", [MASK_LOSSES["ssim"], helpers.ssim, helpers.densedepth, helpers.l1_ssim_gradient])
+@pytest.mark.parametrize("loss", [MASK_LOSSES["ssim"], *map(DEPTH_LOSSES.get, ("ssim", "densedepth"))])
 def test_ssim_refuses_pictures_smaller_than_its_window(loss):
     with pytest.raises(ValueError, match="windows of 11 x 11 pixels; these pictures are 10 x 40"):
         loss(*torch.rand(2, 1, 1, 10, 40))
     assert loss(*torch.rand(2, 1, 1, 11, 40)).isfinite()
 
 
+# Both tasks
+
+MASK, DEPTH = random_pair("mask"), random_pair("depth")
+BOTH = (MASK[0], DEPTH[0], MASK[1], DEPTH[1])
+
+
 def test_task_loss_adds_the_weighted_depth():
-    mask, depth = random_pair("mask"), random_pair("depth")
-    predictions_and_truths = (mask[0], depth[0], mask[1], depth[1])
-    for weight in (1.0, 0.25, 3.0):
-        both = task_loss("dice", "l1", weight)(*predictions_and_truths)
-        assert both.item() == pytest.approx(MASK_LOSSES["dice"](*mask).item() + weight * helpers.l1(*depth).item())
-    assert task_loss("bce", None)(*predictions_and_truths) == helpers.bce(*mask)
-    assert task_loss(None, "l1", 2.0)(*predictions_and_truths) == 2 * helpers.l1(*depth)
+    for weight in (1.0, 0.25, np.float64(3)):
+        expected = MASK_LOSSES["dice"](*MASK).item() + weight * DEPTH_LOSSES["l1"](*DEPTH).item()
+        assert task_loss("dice", "l1", weight)(*BOTH).item() == pytest.approx(expected)
     for name in ("l1", "rmse", "dice", "ssim"):  # which both tasks have, and which differ
-        expected = MASK_LOSSES[name](*mask).item() + DEPTH_LOSSES[name](*depth).item()
-        assert task_loss(name, name)(*predictions_and_truths).item() == pytest.approx(expected)
+        expected = MASK_LOSSES[name](*MASK).item() + DEPTH_LOSSES[name](*DEPTH).item()
+        assert task_loss(name, name)(*BOTH).item() == pytest.approx(expected)
 
 
-def test_task_loss_without_any_task():
-    with pytest.raises(ValueError, match="both None"):
-        task_loss(None, None)
+def test_task_loss_of_one_task_does_not_look_at_the_other():
+    assert task_loss("bce", None)(*BOTH[:3], None) == MASK_LOSSES["bce"](*MASK)
+    assert task_loss(None, "l1", 2.0)(*BOTH[:2], None, BOTH[3]) == 2 * DEPTH_LOSSES["l1"](*DEPTH)
 
 
 def test_learned_weights_follow_the_formula_of_the_uncertainties():
-    """exp(-s_m) L_m + s_m + exp(-s_d) L_d + s_d, for any s; both start at 0, where the slope along s is 1 - L."""
-    mask, depth = random_pair("mask"), random_pair("depth")
-    predictions_and_truths = (mask[0], depth[0], mask[1], depth[1])
-    cost_m, cost_d = helpers.bce(*mask).item(), helpers.l1(*depth).item()
+    """exp(-s) L_m + s + exp(-t) L_d + t, for any s and t; both start at 0, where s has the slope 1 - L_m."""
+    costs = [MASK_LOSSES["bce"](*MASK).item(), DEPTH_LOSSES["l1"](*DEPTH).item()]
     loss = task_loss("bce", "l1", "learned")
     assert parameters_to_vector(loss.parameters()).tolist() == [0, 0]
-    value = loss(*predictions_and_truths)
-    assert value.item() == pytest.approx(cost_m + cost_d)
-    slopes = torch.autograd.grad(value, list(loss.parameters()))
-    slopes = torch.cat([slope.flatten() for slope in slopes]).tolist()
-    assert sorted(slopes) == pytest.approx(sorted([1 - cost_m, 1 - cost_d]), abs=1e-6)
-    order = (0, 1) if abs(slopes[0] - (1 - cost_m)) < 1e-3 else (1, 0)
-    for s_m, s_d in ((0.5, -1.0), (-2.0, 0.3)):
-        vector_to_parameters(torch.tensor([s_m, s_d])[list(order)], loss.parameters())
-        expected = math.exp(-s_m) * cost_m + s_m + math.exp(-s_d) * cost_d + s_d
-        assert loss(*predictions_and_truths).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_only_learned_weights_are_parameters():
-    assert sum(p.numel() for p in task_loss("bce", "l1", "learned").parameters() if p.requires_grad) == 2
+    value = loss(*BOTH)
+    assert value.item() == pytest.approx(sum(costs))
+    slopes = parameters_to_vector(torch.autograd.grad(value, [*loss.parameters()]))
+    assert slopes.tolist() == pytest.approx([1 - cost for cost in costs], abs=1e-6)
+    for weights in ((0.5, -1.0), (-2.0, 0.3)):
+        vector_to_parameters(torch.tensor(weights), loss.parameters())
+        expected = sum(math.exp(-s) * cost + s for s, cost in zip(weights, costs, strict=True))
+        assert loss(*BOTH).item() == pytest.approx(expected, rel=1e-5)
     assert list(task_loss("bce", "l1", 2.0).parameters()) == []
 
 
-@pytest.mark.parametrize("names", [("bce", None), (None, "l1")])
+def config(mask_loss, depth_loss, depth_weight=1.0):
+    return Config("a", mask_loss=mask_loss, depth_loss=depth_loss, depth_weight=depth_weight)
+
+
 @pytest.mark.parametrize(
-    "make", [task_loss, lambda m, d, w: Config("a", mask_loss=m, depth_loss=d, depth_weight=w)], ids=["task_loss", "Config"]
+    "arguments, what",
+    [
+        (("dise", "l1"), rf"Unknown mask loss 'dise'\. Known: None, {', '.join(MASK_LOSSES)}"),
+        (("dice", "l3"), rf"Unknown depth loss 'l3'\. Known: None, {', '.join(DEPTH_LOSSES)}"),
+        ((None, None), "both None"),
+        (("bce", None, "learned"), "learned"),
+        ((None, "l1", "learned"), "learned"),
+        (("bce", "l1", "much"), "depth_weight is 'much'"),
+        (("bce", "l1", 0), "depth_weight is 0"),
+        (("bce", "l1", math.nan), "depth_weight is nan"),
+    ],
 )
-def test_learned_weights_need_both_tasks(make, names):
-    with pytest.raises(ValueError, match="learned"):
-        make(*names, "learned")
+@pytest.mark.parametrize("make", [task_loss, config])
+def test_what_cannot_be_is_refused(make, arguments, what):
+    with pytest.raises(ValueError, match=what):
+        make(*arguments)
 
 
-@pytest.mark.parametrize("make", [task_loss, lambda *names: Config("a", mask_loss=names[0], depth_loss=names[1])])
-def test_an_unknown_loss_lists_the_known(make):
-    with pytest.raises(ValueError, match=rf"Unknown mask loss 'dise'\. Known: {', '.join(MASK_LOSSES)}"):
-        make("dise", "l1")
-    with pytest.raises(ValueError, match=rf"Unknown depth loss 'l3'\. Known: {', '.join(DEPTH_LOSSES)}"):
-        make("dice", "l3")
-
-
-def test_a_loss_of_ones_own_is_one_line(monkeypatch):
-    monkeypatch.setitem(MASK_LOSSES, "squares", lambda z, t: (z.sigmoid() - t).square().mean())
-    assert Config("a", mask_loss="squares").mask_loss == "squares"
+def test_a_loss_of_ones_own_is_one_line_and_gives_a_scalar(monkeypatch):
     z, t = pixels([0, 0]), pixels([1, 0])
+    monkeypatch.setitem(MASK_LOSSES, "squares", lambda z, t: (z.sigmoid() - t).square().mean())
+    assert config("squares", None).mask_loss == "squares"
     assert task_loss("squares", None)(z, z, t, t).item() == pytest.approx(0.25)
+    monkeypatch.setitem(MASK_LOSSES, "each", lambda z, t: (z - t).square())
+    with pytest.raises(ValueError, match="mask loss must give a scalar"):
+        task_loss("each", None)(z, z, t, t)

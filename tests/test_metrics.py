@@ -8,9 +8,10 @@ import torch
 from skimage.metrics import structural_similarity
 from torchmetrics.functional.classification import binary_accuracy, binary_f1_score, binary_jaccard_index
 
-from helpers import Baseline, ZipDataset, baselines, evaluate, measure, score, to_float
+from helpers import ZipDataset, baselines, evaluate, measure, score, to_float
 
-NAMES = ["iou", "dice", "pixel_accuracy", "rmse", "mae", "abs_rel", "log10", "delta1", "delta2", "delta3", "ssim"]
+MASK_METRICS = ["iou", "dice", "pixel_accuracy", "mask_area"]
+DEPTH_METRICS = ["rmse", "mae", "abs_rel", "log10", "delta1", "delta2", "delta3", "ssim"]
 
 
 @pytest.fixture(scope="module")
@@ -24,25 +25,25 @@ def batch():
     return logits, depth, (mask_true > 0.5).float(), depth_true
 
 
-def one(values, i=0):
-    return {name: value[i].item() for name, value in values.items()}
+def flat(*pictures):
+    """One sample's metrics of pictures given as lists of 16 x 16 = 256 pixels or one value for all."""
+    pictures = (torch.as_tensor(p, dtype=torch.float32).expand(256).reshape(1, 1, 16, 16) for p in pictures)
+    return {name: value[0].item() for name, value in measure(*pictures).items()}
 
 
-def flat(mask_logits, depth, mask_true, depth_true):
-    """One sample's metrics of pictures that are given as lists of 16 x 16 = 256 pixels or one value for all."""
-    pictures = [torch.as_tensor(p, dtype=torch.float32).expand(256).reshape(1, 1, 16, 16) for p in (mask_logits, depth)]
-    truths = [torch.as_tensor(p, dtype=torch.float32).expand(256).reshape(1, 1, 16, 16) for p in (mask_true, depth_true)]
-    return one(measure(*pictures, *truths))
-
-
-def test_one_value_a_sample(batch):
+def test_one_value_a_sample_of_the_tasks_whose_truth_is_given(batch):
+    logits, depth, mask_true, depth_true = batch
     values = measure(*batch)
-    assert list(values) == NAMES
+    assert sorted(values) == sorted(MASK_METRICS + DEPTH_METRICS)
     assert all(value.shape == (5,) and value.dtype == torch.float32 for value in values.values())
+    for some, names in ((measure(logits, depth, mask_true, None), MASK_METRICS),
+                        (measure(logits, depth, None, depth_true), DEPTH_METRICS)):  # fmt: skip
+        assert sorted(some) == sorted(names) and all(torch.equal(some[name], values[name]) for name in names)
 
 
 @pytest.mark.parametrize(
-    "name, oracle", [("iou", binary_jaccard_index), ("dice", binary_f1_score), ("pixel_accuracy", binary_accuracy)]
+    "name, oracle",
+    [("iou", binary_jaccard_index), ("dice", binary_f1_score), ("pixel_accuracy", binary_accuracy)],
 )
 def test_mask_metrics_equal_those_of_torchmetrics(batch, name, oracle):
     logits, _, mask_true, _ = batch
@@ -57,13 +58,14 @@ def test_ssim_equals_that_of_scikit_image(batch):
     np.testing.assert_allclose(measure(*batch)["ssim"], expected, atol=1e-5)
 
 
-def test_depth_metrics_equal_a_loop_over_pixels(batch):
+def test_the_other_metrics_equal_a_loop_over_pixels(batch):
     values = measure(*batch)
-    for i, (d_picture, g_picture) in enumerate(zip(batch[1], batch[3], strict=True)):
+    for i, (z_picture, d_picture, g_picture) in enumerate(zip(batch[0], batch[1], batch[3], strict=True)):
         pairs = list(zip(d_picture.flatten().tolist(), g_picture.flatten().tolist(), strict=True))
         counted = [(max(d, 1e-3), g) for d, g in pairs if g >= 1 / 255]
         assert len(counted) < len(pairs)
         expected = {
+            "mask_area": np.mean(z_picture.numpy() > 0),
             "rmse": math.sqrt(sum((d - g) ** 2 for d, g in pairs) / len(pairs)),
             "mae": sum(abs(d - g) for d, g in pairs) / len(pairs),
             "abs_rel": sum(abs(d - g) / g for d, g in counted) / len(counted),
@@ -85,45 +87,25 @@ def test_masks_empty_on_one_side_or_both(logit, truth, iou, dice):
 
 def test_a_pixel_is_object_above_one_half():
     values = flat(0.0, 0.5, [0.5] * 128 + [0.51] * 128, 0.5)
-    assert (values["iou"], values["pixel_accuracy"]) == (0, 0.5)
+    assert (values["iou"], values["pixel_accuracy"], values["mask_area"]) == (0, 0.5, 0)
 
 
-def test_pixels_nearer_than_the_first_level_do_not_count_in_ratios():
-    values = flat(0, 0.5, 0, [0.9 / 255] * 128 + [0.5] * 128)
-    assert (values["delta1"], values["abs_rel"], values["log10"]) == (1, 0, 0)
-    assert values["mae"] == pytest.approx((0.5 - 0.9 / 255) / 2)
-
-
-def test_the_first_level_itself_counts():
-    """Of a picture whose depth is level 1 in one half, predicted right, and level 0 in the other, predicted wrong."""
-    levels = torch.tensor([1] * 128 + [0] * 128, dtype=torch.uint8)
-    values = flat(0, [1 / 255] * 128 + [0.5] * 128, 0, to_float({"depth": levels.view(1, 1, 16, 16)})["depth"].flatten())
+def test_the_first_level_counts_in_ratios_and_what_is_nearer_does_not():
+    levels = to_float({"depth": torch.tensor([1] * 128 + [0] * 128, dtype=torch.uint8).view(1, 1, 16, 16)})
+    values = flat(0, [1 / 255] * 128 + [0.5] * 128, 0, levels["depth"].flatten())
     assert (values["delta1"], values["abs_rel"]) == (1, pytest.approx(0, abs=1e-6))
+    assert values["mae"] == pytest.approx(0.25)
 
 
-def test_a_prediction_counts_as_a_thousandth_at_least():
-    values = [flat(0, depth, 0, 0.5) for depth in (0, 0.0009, 0.001)]
-    for value in values:
-        assert (value["log10"], value["abs_rel"]) == pytest.approx((math.log10(500), 0.998), rel=1e-5)
-    assert flat(0, 0.0011, 0, 0.5)["log10"] == pytest.approx(math.log10(0.5 / 0.0011), rel=1e-5)
-    assert [value["rmse"] for value in values] == pytest.approx([0.5, 0.4991, 0.499])  # over all pixels, as they are
-
-
-def test_small_depths_are_not_clamped_upwards():
+def test_a_prediction_counts_as_a_thousandth_at_least_and_is_clamped_no_further():
     """At .02 against .04 both would be .1, and so equal, under the clamp that flatters."""
-    values = flat(0, 0.02, 0, 0.04)
-    assert values["delta1"] == values["delta2"] == values["delta3"] == 0
-    assert (values["abs_rel"], values["log10"]) == pytest.approx((0.5, math.log10(2)))
-
-
-def test_what_the_reports_clamp_at_a_tenth_would_do_to_delta1():
-    """A tenth of the pixels near the camera, at .04, and predicted at .08: wrong by a factor of 2, and equal once both are
-    raised to .1. Another twentieth is wrong farther off. The share below 1.25 would be .95 in place of .85."""
-    near, far, right = 26, 13, 217
-    depth = torch.tensor([0.08] * near + [0.9] * far + [0.5] * right)
-    truth = torch.tensor([0.04] * near + [0.3] * far + [0.5] * right)
-    assert flat(0, depth, 0, truth)["delta1"] == pytest.approx(0.85, abs=0.003)
-    assert flat(0, depth.clamp_min(0.1), 0, truth.clamp_min(0.1))["delta1"] == pytest.approx(0.95, abs=0.001)
+    values = [flat(0, depth, 0, 0.5) for depth in (0, 0.0009, 0.001, 0.0011)]
+    assert [value["log10"] for value in values] == pytest.approx(
+        [math.log10(500)] * 3 + [math.log10(0.5 / 0.0011)]
+    )
+    assert [value["rmse"] for value in values] == pytest.approx([0.5, 0.4991, 0.499, 0.4989])  # as they are
+    small = flat(0, 0.02, 0, 0.04)
+    assert small["delta3"] == 0 and small["abs_rel"] == pytest.approx(0.5)
 
 
 def test_a_sample_without_a_pixel_that_counts_is_not_a_number():
@@ -132,46 +114,25 @@ def test_a_sample_without_a_pixel_that_counts_is_not_a_number():
     assert values["rmse"] == 0.5
 
 
-def test_thresholds_of_delta():
-    values = [flat(0, 0.4 * factor, 0, 0.4) for factor in (1.2, 1 / 1.3, 1.6, 1 / 2.1)]
-    assert [[v["delta1"], v["delta2"], v["delta3"]] for v in values] == [[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]]
-
-
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("side", [1, -1])
 def test_a_ratio_that_equals_the_threshold_does_not_count(k, side):
-    ratio = 1.25**k  # exact in float32, as are the depths below
-    depth, truth = (0.5 * ratio, 0.5)[::side]
+    depth, truth = (0.5 * 1.25**k, 0.5)[::side]  # exact in float32
     assert flat(0, depth, 0, truth)[f"delta{k}"] == 0
     assert flat(0, depth - side * 1e-4, 0, truth)[f"delta{k}"] == 1
-
-
-def test_rmse_is_of_a_picture_and_then_the_mean():
-    """Errors of 0 and .4 are .2 on average; the root over both pictures at once would be .283."""
-    logits, truth = torch.zeros(2, 1, 16, 16), torch.full((2, 1, 16, 16), 0.5)
-    depth = truth + torch.tensor([0, 0.4]).view(2, 1, 1, 1)
-    assert measure(logits, depth, logits, truth)["rmse"].tolist() == pytest.approx([0, 0.4])
-
-
-def test_a_score_is_the_mean_over_pictures_of_what_numpy_gives(fitted):
-    ds, train, baseline = fitted
-    some = train[:70]  # more than are measured at once
-    batch = {kind: pictures.numpy() / 1.0 for kind, pictures in ds.batch(some).items()}
-    error = baseline.mean_depth.numpy() - batch["depth"] / 255
-    predicted = np.abs(batch["fg_bg"] - batch["bg"]).max(1, keepdims=True) > baseline.threshold
-    both, either = (predicted & (batch["mask"] == 1)).sum((1, 2, 3)), (predicted | (batch["mask"] == 1)).sum((1, 2, 3))
-    values = score(baseline, ds, {"some": some}, "float32")["some"]
-    assert values["rmse"] == pytest.approx(np.sqrt(np.square(error).mean((1, 2, 3))).mean(), rel=1e-5)
-    assert abs(values["rmse"] - np.sqrt(np.square(error).mean())) > 1e-4
-    assert values["iou"] == pytest.approx(np.where(either > 0, both / np.maximum(either, 1), 1).mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_measured_in_float32(batch, dtype):
     logits, depth, mask_true, depth_true = batch
     halves = measure(logits.to(dtype), depth.to(dtype), mask_true, depth_true)
-    for name, value in measure(logits.to(dtype).float(), depth.to(dtype).float(), mask_true, depth_true).items():
-        assert torch.equal(halves[name], value)
+    singles = measure(logits.to(dtype).float(), depth.to(dtype).float(), mask_true, depth_true)
+    assert all(torch.equal(halves[name], value) for name, value in singles.items())
+
+
+def test_pictures_smaller_than_the_window_of_ssim_are_refused():
+    with pytest.raises(ValueError, match="11 x 11"):
+        measure(*torch.rand(4, 1, 1, 10, 16))
 
 
 # Baselines
@@ -185,55 +146,51 @@ def fitted(sample):
     return ds, train, baselines(ds, train)
 
 
-def test_the_threshold_is_the_best_of_all(fitted):
+def test_the_baselines_are_the_best_of_all_thresholds_and_the_mean_depth(fitted):
     ds, train, baseline = fitted
-    batch = ds.batch(train)
-    difference = np.abs(batch["fg_bg"].numpy().astype(int) - batch["bg"].numpy()).max(1)
-    mask = batch["mask"][:, 0].numpy() == 1
+    batch = {kind: pictures.numpy().astype(int) for kind, pictures in ds.batch(train).items()}
+    difference, mask = np.abs(batch["fg_bg"] - batch["bg"]).max(1), batch["mask"][:, 0] == 1
     means = []
     for threshold in range(256):
         predicted = difference > threshold
         union = (predicted | mask).sum((1, 2))
         means.append(np.mean(np.where(union > 0, (predicted & mask).sum((1, 2)) / np.maximum(union, 1), 1)))
     assert baseline.threshold == np.argmax(means) > 0
-    mask_logits, depth = baseline(*(to_float(batch)[kind] for kind in ("bg", "fg_bg")))
-    assert measure(mask_logits, depth, *(to_float(batch)[kind] for kind in ("mask", "depth")))["iou"].mean() == pytest.approx(
-        max(means), abs=1e-6
-    )
-
-
-def test_the_mean_depth_is_that_of_the_training_samples(fitted):
-    ds, train, baseline = fitted
-    expected = np.mean([ds[i]["depth"].numpy().astype(float) for i in train], 0)
-    np.testing.assert_allclose(baseline.mean_depth[0], expected, atol=1e-6)
+    np.testing.assert_allclose(baseline.mean_depth[0].cpu(), batch["depth"].mean(0) / 255, atol=1e-6)
+    values = score(baseline, ds, {"train": train, "none": train[:0]}, "float32")
+    assert values.keys() == {"train"} and values["train"]["iou"] == pytest.approx(max(means), abs=1e-6)
+    rmse = np.sqrt(np.square((batch["depth"] - batch["depth"].mean(0)) / 255).mean((1, 2, 3)))
+    assert values["train"]["rmse"] == pytest.approx(rmse.mean(), rel=1e-5)
+    assert abs(rmse.mean() - np.sqrt(np.square(rmse).mean())) > 1e-4  # of a picture, and then the mean
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 20, 254])
 def test_the_mask_is_exactly_the_thresholded_difference(fitted, threshold):
     """For every pair of levels: no rounding of 1/255 may move a pixel over the threshold."""
-    baseline = fitted[2]
-    baseline = type(baseline)(threshold, baseline.mean_depth)
+    baseline = type(fitted[2])(threshold, fitted[2].mean_depth.cpu())
     levels = torch.arange(256, dtype=torch.uint8)
-    bg, fg_bg = (levels[:, None].expand(256, 256), levels[None].expand(256, 256))
+    bg, fg_bg = levels[:, None].expand(256, 256), levels[None].expand(256, 256)
     batch = to_float({"bg": bg.expand(1, 3, -1, -1), "fg_bg": torch.stack([fg_bg, bg, bg])[None]})
-    mask_logits, _ = baseline(batch["bg"], batch["fg_bg"])
+    mask_logits, depth = baseline(batch["bg"], batch["fg_bg"])
     assert torch.equal(mask_logits[0, 0] > 0, (fg_bg.int() - bg.int()).abs() > threshold)
+    assert torch.equal(depth, baseline.mean_depth)
 
 
-def test_baselines_predict_the_same_depth_for_every_picture(fitted):
-    ds, _, baseline = fitted
-    batch = to_float(ds.batch([0, 1, 2]))
-    _, depth = baseline(batch["bg"], batch["fg_bg"])
-    assert depth.shape == (3, 1, 20, 20) and (depth == baseline.mean_depth).all()
-
-
-def test_a_sample_without_depth_does_not_spoil_the_mean_of_the_others(write_zip, encode, tmp_path):
+def test_a_picture_without_depth_does_not_spoil_the_mean_of_the_others(write_zip, encode, tmp_path):
     black = {"bg_fg_depth_map/bg001_fg001_01_depth_map.png": encode(np.zeros((24, 24), np.uint8))}
     write_zip(tmp_path / "a.zip", files=black)
     ds = ZipDataset(tmp_path / "a.zip", 24)
-    model = Baseline(20, torch.full((1, 1, 24, 24), 0.5))
     everything = np.arange(len(ds))
+    model = baselines(ds, everything)
     values = evaluate(model, ds, everything, precision="float32")["delta1"]
     assert np.isnan(values).sum() == 1
-    means = score(model, ds, {"all": everything}, "float32")
-    assert means["all"]["delta1"] == pytest.approx(values[~np.isnan(values)].mean())
+    mean = score(model, ds, {"all": everything}, "float32")["all"]["delta1"]
+    assert mean == pytest.approx(values[~np.isnan(values)].mean())
+
+
+@pytest.mark.parametrize("kind, names", [("mask", DEPTH_METRICS), ("depth", MASK_METRICS)])
+def test_a_set_without_masks_or_depth_has_the_metrics_of_the_other(write_zip, tmp_path, kind, names):
+    write_zip(tmp_path / "a.zip", skip=[kind])
+    ds = ZipDataset(tmp_path / "a.zip", 24)
+    values = evaluate(baselines(ds, np.arange(8)), ds, np.arange(9))
+    assert sorted(values) == sorted(names) and all(value.shape == (9,) for value in values.values())

@@ -1,166 +1,97 @@
-"""What a large zip takes: to open 1.2 million entries, and to read 400,000 samples at 64 px from first to last.
+"""What a large zip takes: to open 1.2 million entries, and to read 400,000 samples, from first to last.
 
-Prints two Markdown tables and a line: python tests/benchmarks/memory.py [ZIP] [--samples 400000]
-The first is of a zip of names with next to nothing in them, which it writes; the second of ZIP, without which notebook 00
-draws one (11 minutes on two cores). Memory is that which only these processes use, anonymous and shared between them: pages
-of files, such as the zip, the cache on disk and libraries, the system drops when it needs room. It takes Linux to tell.
+Prints a Markdown table: python tests/benchmarks/memory.py [--samples N] [--size N] [--epochs N] [--limit GB]
+The zip, which it writes, has one small JPEG under all names. Memory is what only the measured process uses:
+pages of files, such as the decoded pictures on disk, the system drops when it needs room. `--limit` makes the
+disk seem so small that the pictures do not fit, and are decoded each time. Needs Linux and 11 GB of disk.
 """
 
 import argparse
+import io
 import multiprocessing as mp
 import os
+import resource
+import signal
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
-from test_make_dataset import definitions
-from torch.utils.data import DataLoader, Dataset, Subset
+from PIL import Image
 
-from helpers import CHANNELS, KINDS, ZipDataset
-
-COLAB = 12.7e9  # bytes of memory of the free machine
 BATCH = 128
 
 
-def memory(file, *fields):
-    """The sum of fields of a file in /proc, in bytes."""
-    lines = dict(line.split(":") for line in Path("/proc", file).read_text().splitlines() if line.endswith("kB"))
-    return sum(int(lines[field].split()[0]) for field in fields) * 1024
+def memory():
+    """MB of this process: anonymous, and with the pages of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
+    return (kilobytes["RssAnon"] + kilobytes["RssShmem"]) / 1000, kilobytes["VmRSS"] / 1000
 
 
-def own(process="self"):
-    return memory(f"{process}/status", "RssAnon", "RssShmem")
+def measured(path, size, limit, epochs):
+    """Samples; seconds to open, of each epoch; MB once open, at most so far, at most, with files."""
+    import helpers
 
+    if limit:  # of a file; what is larger does not fit
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit * 1e9),) * 2)
+    before, peak, done = memory()[0], [0.0], threading.Event()
 
-def own_together(processes):
-    """What several processes have; pages that they share count once."""
-    return sum(memory(f"{process}/smaps_rollup", "Pss_Anon", "Pss_Shmem") for process in processes)
+    def watch():
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], memory()[0])
 
-
-def in_new_process(function, *arguments):
-    """What the function returns in a process of its own, and that process's memory: before, and at most meanwhile."""
-    with ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
-        process = pool.submit(os.getpid).result()
-        before = most = own(process)
-        result = pool.submit(function, *arguments)
-        while not result.done():
-            most = max(most, own(process))
-            time.sleep(0.005)
-        return result.result(), before, most
-
-
-class Names(Dataset):
-    """A zip's names, as zipfile holds them, or of its samples and whose these are, as ZipDataset does."""
-
-    def __init__(self, path, by_zipfile):
-        self.entries = zipfile.ZipFile(path).filelist if by_zipfile else None
-        self.ds = None if by_zipfile else ZipDataset(path)
-
-    def __len__(self):
-        return len(self.entries or self.ds)
-
-    def __getitem__(self, i):
-        return self.entries[i].filename if self.entries else (self.ds.name(i), self.ds.bg_id[i], self.ds.fg_id[i])
-
-
-def opening(path, by_zipfile):
-    """Seconds to open a zip, what it holds then, and the number of names."""
-    before, start = own(), time.perf_counter()
-    names = Names(path, by_zipfile)
-    return time.perf_counter() - start, own() - before, len(names)
-
-
-def two_workers(data):
-    """The memory that two forked workers add, once they have read the data between them."""
-    loader = DataLoader(data, BATCH, num_workers=2, multiprocessing_context="fork", persistent_workers=True)
-    before = own_together(["self"])
-    for _ in loader:
-        pass
-    return own_together(["self", *(worker.pid for worker in mp.active_children())]) - before
-
-
-def names_in_workers(path, by_zipfile):
-    return two_workers(Names(path, by_zipfile))
-
-
-def samples_in_workers(path):
-    ds = ZipDataset(path, cache="none")
-    some = np.random.default_rng(0).permutation(len(ds))[:20_000]
-    return two_workers(Subset(ds, some)), len(some)
-
-
-def epochs(path, cache, number):
-    """Seconds of each epoch, in batches in random order; where the decoded pictures are, their bytes; the peak with files."""
-    ds, seconds = ZipDataset(path, cache=cache), []
-    for epoch in range(number):
+    threading.Thread(target=watch, daemon=True).start()
+    start = time.perf_counter()
+    ds = helpers.ZipDataset(path, size)
+    seconds = [time.perf_counter() - start]
+    held, opening = memory()[0] - before, peak[0] - before
+    for epoch in range(epochs):
         order, start = np.random.default_rng(epoch).permutation(len(ds)), time.perf_counter()
         for first in range(0, len(ds), BATCH):
             ds.batch(order[first : first + BATCH])
         seconds.append(time.perf_counter() - start)
-    decoded = sum(len(ds._file[kind]) * CHANNELS[kind] * ds.size**2 for kind in KINDS)
-    return seconds, ds.cache, len(ds), decoded, memory("self/status", "VmHWM")
+    done.set()
+    return len(ds), seconds, held, opening, peak[0] - before, memory()[1]
 
 
-def write_names(path, places):
-    """A zip of the layout raguram, 100 backgrounds x 200 objects x places, with nothing to see in it."""
+def write_zip(path, places):
+    """A zip of the layout raguram, 100 backgrounds x 200 objects x places."""
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(file, "JPEG")
     with zipfile.ZipFile(path, "w") as archive:
         for background in range(100):
-            archive.writestr(zipfile.ZipInfo(f"bg_images/Image_{background}.JPEG"), b"-")
+            archive.writestr(zipfile.ZipInfo(f"bg_images/Image_{background}.jpg"), file.getvalue())
             for number in range(200 * places):
                 for folder in ("fg_bg", "fg_bg_mask", "fg_bg_depth"):
-                    name = f"{folder}/Image_{background}_{number // places}_{number % places}.JPEG"
-                    archive.writestr(zipfile.ZipInfo(name), b"-")
-
-
-def show(*rows):
-    """A Markdown table, the first row its head."""
-    for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]):
-        print("|", " | ".join(row), "|")
-    print(flush=True)
-
-
-def show_opening(path):
-    columns = []
-    for by_zipfile in (True, False):
-        (seconds, held, names), before, most = in_new_process(opening, path, by_zipfile)
-        workers, *_ = in_new_process(names_in_workers, path, by_zipfile)
-        columns.append([f"{seconds:.1f}", *(f"{value / 1e6:.0f}" for value in (held, most - before, workers))])
-    rows = ["seconds to open", "MB once open", "MB at most while opening", "MB that two workers add, reading names"]
-    show([f"names of {names:,} samples", "zipfile", "ZipDataset"], *map(list, zip(rows, *columns, strict=True)))
-
-
-def show_epochs(path):
-    rows = []
-    for cache, number in (("memory", 2), ("disk", 2), ("none", 1)):
-        (seconds, place, samples, decoded, resident), _, most = in_new_process(epochs, path, cache, number)
-        rates = [f"{value:.0f} s, {samples / value:,.0f} a second" for value in seconds]
-        fits = "yes" if most < COLAB else "no"
-        rows.append([place, rates[0], *(rates[1:] or ["as the first"]), f"{most / 1e9:.2f}", f"{resident / 1e9:.2f}", fits])
-    head = ["first epoch", "later epoch", "peak, GB", "and pages of files, GB", f"within {COLAB / 1e9} GB"]
-    show([f"{samples:,} samples at 64 px ({decoded / 1e9:.2f} GB), kept in", *head], *rows)
-    (workers, some), *_ = in_new_process(samples_in_workers, path)
-    print(f"Two workers that decode {some:,} of them add {workers / 1e6:.0f} MB.")
+                    name = f"{folder}/Image_{background}_{number // places}_{number % places}.jpg"
+                    archive.writestr(zipfile.ZipInfo(name), file.getvalue())
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("zip", nargs="?", type=Path, help="a zip of samples for the second table")
-    parser.add_argument("--samples", type=int, default=400_000, help="how many to write, in steps of 20,000")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=400_000, help="in steps of 20,000")
+    parser.add_argument("--size", type=int, default=64, help="pixels a side")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=0, help="GB that a file may have; 0: as many as fit")
     given = parser.parse_args()
-    places = max(1, given.samples // 20_000)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = folder  # for the file of decoded pictures
-        names, drawn = Path(folder, "names.zip"), Path(folder, "drawn.zip")
-        write_names(names, places)
-        show_opening(names)
-        if not given.zip:
-            definitions().make_dataset(drawn, backgrounds=100, objects=100, places=places, size=64)
-        show_epochs(given.zip or drawn)
+        os.environ["XDG_CACHE_HOME"] = folder
+        write_zip(path := Path(folder, "large.zip"), max(1, given.samples // 20_000))
+        with ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
+            found = pool.submit(measured, path, given.size, given.limit, given.epochs).result()
+    samples, seconds, held, opening, most, resident = found
+    print(f"| {samples:,} samples, {given.size} px | |\n|---|---|\n| seconds to open | {seconds[0]:.1f} |")
+    print(f"| MB once open, at most so far | {held:.0f}, {opening:.0f} |")
+    for epoch, of in enumerate(seconds[1:], 1):
+        print(f"| epoch {epoch} | {of:.0f} s, {samples / of:,.0f} samples a second |")
+    print(f"| MB at most | {most:.0f} |\n| MB at the end, with pages of files | {resident:.0f} |")
 
 
 if __name__ == "__main__":
