@@ -7,6 +7,7 @@ distance.
 """
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import hashlib
@@ -113,8 +114,12 @@ def _found(path: AnyPath, remedy: str) -> Path:
 def _replacing(path: Path) -> Iterator[Path]:
     """A name to write to; the written file takes the place of `path` once it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    yield part
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     with open(part, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -142,7 +147,7 @@ LAYOUTS = {
 }
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # others of Pillow's start programs
-LITTER = re.compile(r"/$|(^|/)(__MACOSX/|\.[^/]|Thumbs\.db$|desktop\.ini$)")  # and folders
+LITTER = re.compile(r"/$|(^|/)(__MACOSX/|\.(?!\.?/)|Thumbs\.db$|desktop\.ini$)")  # and folders
 TABLE = LAYOUTS["roshantac"]
 SPLIT_ZIP = "one part of a split zip, or its parts joined: make it whole by zip -s 0 PART.zip --out ALL.zip"
 NOT_ZIP = {  # what is given in place of a zip, by its first bytes
@@ -160,7 +165,7 @@ def read_picture(data: bytes, kind: str = "fg_bg", smallest: int = 0) -> np.ndar
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"it has over {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller")
+            raise Image.DecompressionBombError
         if image.mode.startswith(("I", "F")):
             raise ValueError("it has more than 8 bits a channel; save it with 8")
         upright, side = image.getexif().get(0x112, 1) == 1, 2 * smallest
@@ -175,6 +180,8 @@ def read_picture(data: bytes, kind: str = "fg_bg", smallest: int = 0) -> np.ndar
         if grey and image.mode not in ("1", "L", "LA") and np.ptp(image.convert("RGB"), axis=2).max() > 64:
             raise ValueError("it is in colours where grey is meant; those of a colour map are no distances")
         return np.array(image.convert("L" if grey else "RGB")).reshape(image.height, image.width, -1)
+    except Image.DecompressionBombError:
+        raise ValueError(f"it has over {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
     except Exception as error:  # decoders raise many kinds
         unknown = isinstance(error, Image.UnidentifiedImageError)
         raise ValueError(f"it is none of {', '.join(FORMATS)}" if unknown else str(error)) from None
@@ -357,8 +364,10 @@ class ZipDataset(torch.utils.data.Dataset):
         if self.left_out and defects == "stop":
             name, what = next(iter(self.left_out.items()))
             raise ValueError(f"{path}: {name} {what} ({len(self.left_out)} defects; check(path) lists them)")
-        self._choose(samples[(samples[list(self.kinds)] >= 0).all(axis=1)])
+        bad = [-1, *(i for i, name in enumerate(self.names) if name in self.left_out)]
+        self._choose(samples[~samples[list(self.kinds)].isin(bad).any(axis=1)])
         if defects == "leave_out":
+            self._kept = {}  # the files themselves are looked at
             sound = self._sound_samples()
             self.fingerprint += f" without {sorted(self.left_out)}" if self.left_out else ""
             self._choose(self._samples[sound])
@@ -393,6 +402,7 @@ class ZipDataset(torch.utils.data.Dataset):
         found = {kind: np.unique(samples[kind], return_inverse=True) for kind in self.kinds}
         self._file, self._slot = ({kind: pair[k] for kind, pair in found.items()} for k in (0, 1))
         key = f"{self.fingerprint} {self.size} {self.depth_near} {simplejpeg.__version__} {torch.__version__}"
+        key += " ".join(str(_changed(place)) for place in self._places if isinstance(place, Path))
         key = key.encode() + b"".join(files.tobytes() for files in self._file.values())
         key = hashlib.blake2b(key, digest_size=8).hexdigest()
         # Pages that a crash of the machine kept from the disk would be black: files are good until the next
@@ -571,7 +581,10 @@ class PairNetwork(nn.Module):
         mask_logits, depth = self.both(bg, fg_bg)
         return mask_logits, depth.sigmoid()
 
-def conv(inputs: int, outputs: int, size=3, stride=1, bias=False, norm=True, relu=True) -> list[nn.Module]:
+def conv(
+    inputs: int, outputs: int, size: int = 3, stride: int = 1,
+    bias: bool = False, norm: bool = True, relu: bool = True,
+) -> list[nn.Module]:
     """Convolution and, if asked for, batch norm and ReLU."""
     layers = [nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=bias)]
     layers += [nn.BatchNorm2d(outputs)] if norm else []
@@ -925,8 +938,10 @@ class TaskLoss(nn.Module):
         _known(mask_loss, (None, *MASK_LOSSES), "mask loss")
         _known(depth_loss, (None, *DEPTH_LOSSES), "depth loss")
         learned = depth_weight == "learned"
-        if [mask_loss, depth_loss].count(None) > (0 if learned else 1):
-            raise ValueError("One loss can be None, not both None; with depth_weight 'learned', neither.")
+        if mask_loss is None and depth_loss is None:
+            raise ValueError("mask_loss and depth_loss are both None; there would be nothing to train.")
+        if learned and None in (mask_loss, depth_loss):
+            raise ValueError("depth_weight is 'learned', which takes two tasks, but one loss is None.")
         if not learned and (isinstance(depth_weight, str) or not depth_weight > 0):
             raise ValueError(f"depth_weight is {depth_weight!r}; it can be a number above 0, or 'learned'.")
         self.losses = {"mask": MASK_LOSSES.get(mask_loss), "depth": DEPTH_LOSSES.get(depth_loss)}
@@ -1047,6 +1062,7 @@ CHOICES |= {"precision": ("auto", *PRECISIONS)}
 LEAST = {"size": 11, "batch_size": 1, "epochs": 1, "lr": 1e-12}  # SSIM, one of the metrics, needs 11 pixels
 LEAST |= dict.fromkeys(("subset", "max_train", "max_test", "min_steps", "clip_norm", "weight_decay"), 0)
 LEAST |= {"average": 0, "checkpoint_minutes": 0}
+OURS = [*MODELS.values(), *MASK_LOSSES.values(), *DEPTH_LOSSES.values()]  # a run knows others by their code
 Results = dict[str, dict[str, float]]  # part of the split -> metric -> mean over its pictures
 
 @dataclasses.dataclass(frozen=True)
@@ -1087,8 +1103,9 @@ class Config:
             object.__setattr__(self, name, str(value) if isinstance(value, Path) else value)
             if name in CHOICES:
                 _known(value, CHOICES[name], name)
-            if name in LEAST and not LEAST[name] <= value < (1 if name == "average" else np.inf):
-                raise ValueError(f"{name} is {value}; it must be {LEAST[name]} or more, an average below 1.")
+            most = 1 if name == "average" else np.inf
+            if name in LEAST and not (isinstance(value, int | float) and LEAST[name] <= value < most):
+                raise ValueError(f"{name} is {value!r}; it must be {LEAST[name]} or more, average below 1.")
         if not all(part.strip(". ") and not set(part) & set('\\:*?"<>|') for part in self.name.split("/")):
             raise ValueError(f"name is {self.name!r}; it must be a path of folders, such as losses/dice.")
         for name in self.augment.split("+"):
@@ -1104,7 +1121,7 @@ class Config:
         """Reads what `save` wrote, or the config.json of a run. Raises ValueError where it holds no
         Config."""
         try:
-            values = json.loads(Path(path).read_text())
+            values = dict(json.loads(Path(path).read_text()))
             more = ("fingerprint", "code", "cache")  # of a run; of runs made before
             return cls(**{name: values[name] for name in values if name not in more})
         except (TypeError, AttributeError, ValueError) as error:
@@ -1152,10 +1169,11 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
             if not quiet:
                 print(f"{config.name}: finished before, read from its folder")
             return read_run(folder)
+        parts, model = parts_of(config, ds), _begin(config)
         if first:
             _write_json(folder / "config.json", settings)
         try:
-            _train(config, ds, folder, stop_after, quiet or not first)
+            _train(config, ds, parts, model, folder, stop_after, quiet or not first)
         except torch.OutOfMemoryError as error:
             remedy = f"Set batch_size={config.batch_size // 2 or 1} or a smaller size, under another name"
             raise MemoryError(f"{config.name}: a batch does not fit into memory. {remedy}.") from error
@@ -1169,16 +1187,18 @@ def _own_code(config: Config) -> dict[str, str]:
     """A hash of the source of a network or loss of one's own: edited, it makes another run."""
     hashes = {}
     for field, known in (("model", MODELS), ("mask_loss", MASK_LOSSES), ("depth_loss", DEPTH_LOSSES)):
-        code = inspect.unwrap(known.get(getattr(config, field), run))
-        code = getattr(code, "func", code)  # of a functools.partial
+        made = known.get(getattr(config, field))
+        if made is None or any(made is one for one in OURS):
+            continue
+        values = repr((made.args, made.keywords)) if isinstance(made, functools.partial) else ""
+        code = inspect.unwrap(getattr(made, "func", made))
         code = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
-        if code.__module__ != __name__:
-            try:
-                source = inspect.getsource(code)
-            except OSError:  # a class that a notebook defines has no file: its functions have
-                functions = [getattr(value, "__func__", value) for value in vars(code).values()]
-                source = "".join(map(inspect.getsource, filter(inspect.isfunction, functions)))
-            hashes[field] = hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
+        try:
+            source = inspect.getsource(code)
+        except OSError:  # a class that a notebook defines has no file: its functions have
+            functions = [getattr(value, "__func__", value) for value in vars(code).values()]
+            source = "".join(map(inspect.getsource, filter(inspect.isfunction, functions)))
+        hashes[field] = hashlib.blake2b((source + values).encode(), digest_size=8).hexdigest()
     return hashes
 
 def _refuse_another(folder: Path, settings: dict) -> None:
@@ -1244,7 +1264,11 @@ def _prefetch(function: Callable, items: Iterable) -> Iterator:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, ds: ZipDataset, indices: np.ndarray, loss: TaskLoss | None = None, precision="auto"
+    model: nn.Module,
+    ds: ZipDataset,
+    indices: np.ndarray,
+    loss: TaskLoss | None = None,
+    precision: str = "auto",
 ) -> dict[str, np.ndarray]:
     """The metrics of `measure` for each of the samples, arrays of len(indices), of the tasks that the network
     was trained on. With a loss also `loss`, the same for all of a batch of 32."""
@@ -1317,7 +1341,8 @@ def _begin(config: Config) -> nn.Module:
     with torch.no_grad():
         given = model.eval()(*torch.zeros(2, 2, 3, config.size, config.size, device=DEVICE))
     if not isinstance(given, tuple | list) or [getattr(one, "shape", 0) for one in given] != [shape, shape]:
-        raise ValueError(f"The network {config.model!r} must give (mask_logits, depth), each (N, 1, H, W).")
+        what = "must give a pair, mask_logits and depth, each (N, 1, H, W)"
+        raise ValueError(f"The network {config.model!r} {what}.")
     if GPU == "cuda" and processes > 1:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in [module for module in model.modules() if type(module) is nn.BatchNorm2d and processes > 1]:
@@ -1333,11 +1358,18 @@ def _mean_over_processes(tensors: Sequence[Tensor]) -> None:
         for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
-def _train(config: Config, ds: ZipDataset, folder: Path, stop_after: int | None, quiet: bool) -> None:
+def _train(
+    config: Config,
+    ds: ZipDataset,
+    parts: dict[str, np.ndarray],
+    model: nn.Module,
+    folder: Path,
+    stop_after: int | None,
+    quiet: bool,
+) -> None:
     """From the last checkpoint to the last epoch. Everything random in a step depends on (seed, step) alone,
     and the order of an epoch on (seed, epoch): that makes going on exact."""
-    parts, (process, processes) = parts_of(config, ds), _processes()
-    model = _begin(config)
+    process, processes = _processes()
     loss_of = task_loss(config.mask_loss, config.depth_loss, config.depth_weight).to(DEVICE)
     groups = [{"params": [*model.parameters()]}, {"params": [*loss_of.parameters()], "weight_decay": 0.0}]
     optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.lr, weight_decay=config.weight_decay)
@@ -1423,13 +1455,12 @@ def _end_epoch(config, ds, parts, folder, state, seconds, quiet) -> None:
     weight = 1.0 if config.depth_weight == "learned" else config.depth_weight
     valid_loss = task_loss(config.mask_loss, config.depth_loss, weight)
     values = evaluate(measured, ds, parts["valid"], valid_loss, config.precision)
-    values = pd.DataFrame(values).astype(float).mean()
     row = {"epoch": len(state["history"]) + 1, "lr": state["lr"], "train_loss": state["loss_sum"].item()}
-    state["history"].append(row | {f"valid_{name}": value for name, value in values.items()})
-    state["loss_sum"] = torch.tensor(values["loss"], device=DEVICE)
+    row |= pd.DataFrame(values).astype(float).mean().add_prefix("valid_").to_dict()
+    state["loss_sum"] = torch.tensor(np.mean(values["loss"]), device=DEVICE)  # NaN if one of them is
     _mean_over_processes([state["loss_sum"]])
     _refuse_not_finite(config, state, ["the validation samples"])
-    row = state["history"][-1]
+    state["history"].append(row)
     if config.depth_weight == "learned":
         row["depth_weight"] = (state["loss"].log_variances[0] - state["loss"].log_variances[1]).exp().item()
     if config.schedule == "plateau":
@@ -1476,10 +1507,16 @@ def _write_json(path: Path, values: dict) -> None:
 
 def _write_table(path: Path, rows: list[dict[str, float]]) -> None:
     with _replacing(path) as part:
-        pd.DataFrame(rows).to_csv(part, index=False)
+        pd.DataFrame(rows).to_csv(part, index=False, na_rep="nan")
 
 def _read_table(path: Path) -> list[dict[str, float]]:
-    return pd.read_csv(path, float_precision="round_trip").to_dict("records") if path.exists() else []
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    if not rows:
+        raise ValueError(f"{path.name} is empty")
+    return rows
 
 # ---------- Drive -------------------------------------------------------------------------------------------
 
@@ -1654,19 +1691,19 @@ def predict_images(weights: AnyPath | nn.Module, bg: AnyPath, image: AnyPath, fo
         shapes = f"{bg} has {bg_width} x {bg_height} pixels and {image} {width} x {height}"
         raise ValueError(f"{shapes}: not the same view. Take both photos from one place, and cut them alike.")
     answers = dict(zip(KINDS[2:], predict(model, *photos), strict=True))
-    answers = {task: answers[task][0] for task in getattr(model, "tasks", KINDS[2:])}
+    answers = {task: answers[task][0].cpu() for task in getattr(model, "tasks", KINDS[2:])}
     files = {task: Path(folder or image.parent) / f"{image.stem}_{task}.png" for task in answers}
     if there := [str(file) for file in files.values() if file.exists() and not overwrite]:
         raise FileExistsError(f"{', '.join(there)}: there already. Give another folder, or overwrite=True.")
     try:
         for task, file in files.items():
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(answers[task][0].mul(255).round().byte().cpu().numpy()).save(file)
+            Image.fromarray(answers[task][0].mul(255).round().byte().numpy()).save(file)
     except OSError as error:
         raise OSError(f"{file.parent} cannot be written ({error}). Give another folder.") from error
     step = max(1, max(height, width) // 800)  # a figure needs no more pixels
     pictures = {"bg": photos[0], "fg_bg": photos[1], **answers}
-    row = [(kind, kind, picture[:, ::step, ::step], "") for kind, picture in pictures.items()]
+    row = [(TITLES.get(kind, kind), kind, of[:, ::step, ::step], "") for kind, of in pictures.items()]
     figure = _draw([row], figure=Figure(layout="constrained"))  # not pyplot's, which would keep it
     return Prediction(files.get("mask"), files.get("depth"), figure)
 
@@ -1691,9 +1728,8 @@ def _draw(rows: Sequence[Sequence[tuple]], labels: Sequence[str] = ("",), figure
         for axis, (title, kind, picture, caption) in zip(axes[i], row, strict=True):
             error, depth = kind == "depth_error", kind.startswith("depth")
             look = {"cmap": "magma" if error else "viridis" if depth else "gray", "vmin": 0}
-            drawn = axis.imshow(picture.permute(1, 2, 0).squeeze(2).cpu(), vmax=0.5 if error else 1, **look)
-            title = TITLES.get(title, title.replace("_", " ")) if i == 0 else ""
-            axis.set(xticks=[], yticks=[], xlabel=caption, title=title)
+            drawn = axis.imshow(picture.permute(1, 2, 0).squeeze(2).numpy(), vmax=0.5 if error else 1, **look)
+            axis.set(xticks=[], yticks=[], xlabel=caption, title=title if i == 0 else "")
             bars |= {"depth error" if error else "depth: near → far": drawn} if depth else {}
     for label, drawn in bars.items():
         figure.colorbar(drawn, ax=axes, label=label, fraction=0.02, pad=0.01)
@@ -1715,7 +1751,8 @@ def _cell(sample: dict, kind: str, title: str = "") -> tuple[str, str, Tensor, s
     """For `_draw`, a picture of a sample, if it has that; under a prediction stands how good it is."""
     metric, name = {"mask_predicted": ("iou", "IoU"), "depth_predicted": ("rmse", "RMSE")}.get(kind, ("", ""))
     caption = f"{name} {sample[metric]:.3f}" if metric in sample else ""
-    return title or kind, kind, sample.get(kind, torch.full_like(sample["bg"][:1], torch.nan)), caption
+    picture = sample.get(kind, torch.full_like(sample["bg"][:1], torch.nan))
+    return title or TITLES.get(kind, kind.replace("_", " ")), kind, picture, caption
 
 def show_samples(ds: ZipDataset, indices: Sequence[int]) -> Figure:
     """A row a kind, a column a sample."""
@@ -1723,7 +1760,9 @@ def show_samples(ds: ZipDataset, indices: Sequence[int]) -> Figure:
     rows = [[_cell(sample, kind, sample["name"]) for sample in samples] for kind in ds.kinds]
     return _draw(rows, [TITLES.get(kind, kind) for kind in ds.kinds])
 
-def show_predictions(model: nn.Module, ds: ZipDataset, indices: Sequence[int], precision="auto") -> Figure:
+def show_predictions(
+    model: nn.Module, ds: ZipDataset, indices: Sequence[int], precision: str = "auto"
+) -> Figure:
     """A row a sample: the two inputs; for each task the truth, the prediction and the absolute error."""
     samples = _predictions(model, ds, indices, precision)
     kinds = ["bg", "fg_bg", "mask", "mask_predicted", "mask_error", "depth", "depth_predicted", "depth_error"]
@@ -1767,7 +1806,9 @@ def plot_history(runs: dict[str, Run | list], metrics: Sequence[str] = ("loss", 
     return figure
 
 def results_table(
-    results: dict[str, Results | list[Results]], metrics=("iou", "rmse", "delta1"), cells=tuple(PART_COLOURS)
+    results: dict[str, Results | list[Results]],
+    metrics: Sequence[str] = ("iou", "rmse", "delta1"),
+    cells: Sequence[str] = tuple(PART_COLOURS),
 ) -> "pd.io.formats.style.Styler":
     """A table for a notebook: a row a run, a column for each test part and metric, the best of a column bold.
     It is given `Run.results`, what `score` gives, or a list, one a seed: then mean ± standard deviation."""

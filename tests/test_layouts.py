@@ -74,10 +74,7 @@ def test_a_zip_whose_entries_lie_beyond_4_gib(write_zip, tmp_path):
     assert_same_samples(ZipDataset(tmp_path / "large.zip", 24), made)
 
 
-PARENTS = pytest.param("..\\..\\", marks=pytest.mark.xfail(strict=True, reason="taken for hidden files"))
-
-
-@pytest.mark.parametrize("prefix", ["C:\\set\\", PARENTS])
+@pytest.mark.parametrize("prefix", ["C:\\set\\", "..\\..\\"])
 @pytest.mark.parametrize("layout", ["modest", "roshantac"])
 def test_names_that_windows_wrote_have_backslashes(write_zip, tmp_path, layout, prefix):
     windows = lambda name: name.replace("/", "\\")  # noqa: E731
@@ -157,7 +154,7 @@ def test_a_mirrored_object_has_the_id_of_the_object(write_zip, tmp_path, numbers
 @pytest.mark.parametrize("last", [7, 10**12])
 def test_a_set_whose_mirror_images_cannot_be_told_warns(write_zip, tmp_path, last):
     write_zip(tmp_path / "a.zip", "raguram", samples=[(b, f, 1) for b in (1, 2) for f in (0, 1, last)])
-    with pytest.warns(UserWarning, match="Mirrored objects cannot be told"):
+    with pytest.warns(UserWarning, match="Mirrored objects"):
         assert len(ZipDataset(tmp_path / "a.zip")) == 6
 
 

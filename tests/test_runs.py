@@ -9,13 +9,13 @@ import pickle
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.optim import SGD, lr_scheduler
 
@@ -133,7 +133,7 @@ def by_hand(model, ds, indices):
         ({"defects": "ignore"}, "Unknown defects 'ignore'. Known: stop, leave_out"),
         ({"depth_near": "left"}, "Unknown depth_near 'left'. Known: dark, bright"),
         ({"precision": "int8"}, "Unknown precision 'int8'. Known: auto, float32"),
-        ({"augment": "mirror+rotate"}, r"Unknown augment, .* 'rotate'. Known: mirror, colour, shake"),
+        ({"augment": "mirror+rotate"}, "Unknown augment 'rotate'. Known: none, mirror, colour, shake"),
         ({"augment": ""}, "Unknown augment"),
         ({"mask_loss": "berhu"}, "Unknown mask loss 'berhu'. Known: None, bce"),
         ({"depth_loss": "bce"}, "Unknown depth loss 'bce'. Known: None, l1"),
@@ -198,13 +198,9 @@ def test_a_file_that_holds_no_config_is_named(tmp_path, text, about):
 
 
 def test_a_run_leaves_the_promised_files_and_rows(config, data, place, capsys):
-    finished, ds = run(changed(config, name="a/b")), ZipDataset(data, 16)
-    parts = split(ds)
-    shown = {part: parts[part][np.linspace(0, len(parts[part]) - 1, 4).astype(int)] for part in ("train", "test_new_both")}
-    kinds = ("bg", "fg_bg", "mask", "mask_predicted", "depth", "depth_predicted")
-    pictures = {f"{part}_{ds.name(i)}_{kind}.png" for part, some in shown.items() for i in some for kind in kinds}
+    finished = run(changed(config, name="a/b"))
     expected = {"config.json", "metrics.csv", "timing.csv", "checkpoint.pt", "best.pt", "results.json"}
-    expected |= {f"images/epoch_{epoch:03}/{name}" for epoch in (1, 2) for name in (*pictures, "sheet.png")}
+    expected |= {f"images/epoch_{epoch:03}/sheet.png" for epoch in (1, 2)}
     assert finished.folder == place / "a" / "b" and contents(finished.folder, without=()).keys() == expected
     columns = {f"valid_{name}" for name in ("loss", *METRICS["mask"], *METRICS["depth"])}
     table = pd.read_csv(finished.folder / "metrics.csv", float_precision="round_trip")
@@ -212,7 +208,7 @@ def test_a_run_leaves_the_promised_files_and_rows(config, data, place, capsys):
     assert finished.history == table.to_dict("records")
     assert len(finished.seconds) == 2 and min(finished.seconds) > 0
     assert finished.config == Config.load(finished.folder / "config.json") == changed(config, name="a/b")
-    assert all(f"epoch {epoch}  loss " in capsys.readouterr().out or epoch == 2 for epoch in (1, 2))
+    assert all(f"epoch {epoch}  train_loss " in capsys.readouterr().out or epoch == 2 for epoch in (1, 2))
 
 
 def test_best_weights_are_those_of_the_least_validation_loss_and_give_table_and_results(config, data, place):
@@ -247,7 +243,7 @@ def test_a_run_gives_back_its_own_network_though_another_has_the_same_shapes(con
     started = run(changed(config, name="started", start=other.folder.parent / "first", lr=1e-12, epochs=1))
     before, after = (torch.load(r.folder / "best.pt", weights_only=True) for r in (run(config), started))
     torch.testing.assert_close(after["layers.0.weight"], before["layers.0.weight"])
-    with pytest.raises(ValueError, match="holds a tiny, and model is 'turned'"):
+    with pytest.raises(ValueError, match="a tiny, and model is 'turned'"):
         run(changed(config, name="wrong", model="turned", start=place_of(started)))
 
 
@@ -261,15 +257,15 @@ def test_one_task_alone_leaves_no_file_metric_or_picture_of_the_other(config, ta
     assert finished.model().tasks == (task,)
     names = {name.removeprefix("valid_") for name in finished.history[0]} - {"epoch", "lr", "train_loss", "loss"}
     assert names == set(finished.results["valid"]) == set(METRICS[task])
-    pictures = {path.stem.rpartition(f"_{other}")[1] for path in finished.folder.glob("images/*/*.png")}
-    assert pictures == {""} and list(finished.folder.glob(f"images/*/*_{task}_predicted.png"))
+    sheet = Image.open(finished.folder / "images" / "epoch_001" / "sheet.png")
+    assert sheet.size == (4 * 16, 8 * 16)  # bg, fg_bg, truth, prediction; four samples of each of two parts
     torch.manual_seed(config.seed)
     first, last = Tiny().layers[4].weight, finished.model().layers[4].weight
-    assert not torch.allclose(first[task == "depth"], last[task == "depth"])
+    assert not torch.allclose(first[int(task == "depth")], last[int(task == "depth")])
 
 
 def test_a_zip_without_a_kind_names_the_loss_to_leave_out(config, write_zip, tmp_path):
-    write_zip(tmp_path / "part.zip", samples=[(b, f, 1) for b in range(8) for f in range(8)], size=16, skip=("mask",))
+    write_zip(tmp_path / "part.zip", samples=[(b, f, 1) for b in range(12) for f in range(12)], size=16, skip=("mask",))
     with pytest.raises(ValueError, match=r"part\.zip has no mask pictures. Set mask_loss=None"):
         run(changed(config, data=tmp_path / "part.zip"))
     assert run(changed(config, data=tmp_path / "part.zip", mask_loss=None)).results
@@ -375,7 +371,7 @@ def test_edited_code_of_ones_own_is_another_run_and_the_same_code_is_not(config,
     assert len(run(mine, stop_after=1).history) == 1
     define(3)
     before = contents(place)
-    with pytest.raises(ValueError, match=f"'first' exists, but code was .*{field}.* edited") as caught:
+    with pytest.raises(ValueError, match=f"'first' exists, but the code .* edited.*{field}") as caught:
         run(mine)
     assert "\n" not in str(caught.value) and contents(place) == before
     define(2)
@@ -406,7 +402,7 @@ def test_a_network_with_other_outputs_is_refused_in_a_sentence_and_can_be_mended
 @pytest.mark.parametrize("task, known", [("mask", MASK_LOSSES), ("depth", DEPTH_LOSSES)])
 def test_a_loss_that_gives_no_scalar_is_refused_in_a_sentence(config, monkeypatch, task, known):
     monkeypatch.setitem(known, "mine", lambda p, t: (p - t).abs())
-    with pytest.raises(ValueError, match=f"The {task} loss must give a scalar, such as a mean") as caught:
+    with pytest.raises(ValueError, match=f"The {task} loss must give a scalar") as caught:
         run(changed(config, **{f"{task}_loss": "mine"}))
     assert "\n" not in str(caught.value)
 
@@ -424,7 +420,7 @@ def test_a_loss_that_is_no_number_stops_the_run_names_samples_and_leaves_the_che
     run(mine, stop_after=1)
     before = contents(place / "first", without=())
     bad.append(True)
-    with pytest.raises(ValueError, match="first, epoch 2: the loss is not finite .*depth nan") as caught:
+    with pytest.raises(ValueError, match="first: in step .* the loss is not finite .*depth nan") as caught:
         run(mine)
     named = [ds.name(i) for i in split(ds)["train"] if ds.name(i) in str(caught.value)]
     assert 1 <= len(named) <= 8 and contents(place / "first", without=()) == before
@@ -436,7 +432,7 @@ def test_a_loss_that_is_no_number_stops_the_run_names_samples_and_leaves_the_che
 
 def test_a_validation_loss_that_is_no_number_stops_the_run_too(config, monkeypatch):
     monkeypatch.setitem(DEPTH_LOSSES, "mine", lambda d, g: d.mean() / float(d.requires_grad or "nan"))
-    with pytest.raises(ValueError, match="validation: the loss is not finite"):
+    with pytest.raises(ValueError, match="the loss is not finite .*the validation samples"):
         run(changed(config, depth_loss="mine"))
 
 
@@ -496,7 +492,6 @@ def test_a_file_of_weights_that_would_run_code_is_refused_and_the_code_not_run(t
             helpers.load_model(tmp_path / name)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "harm").exists()
-    textwrap.dedent("")
 
 
 # Choices
@@ -526,7 +521,7 @@ def test_rates_are_those_of_torchs_own_schedule(config, recorder, schedule):
         elif (step + 1) % (steps // 7) == 0:
             own.step(history[step * 7 // steps]["valid_loss"])
     assert recorder.rates == pytest.approx(rates) and [row["lr"] for row in history] == rates[:: steps // 7]
-    assert schedule == "constant" or len(set(rates)) > 1
+    assert schedule in ("constant", "plateau") or len(set(rates)) > 1
 
 
 def test_gradients_are_scaled_down_to_the_norm_and_never_up(config, recorder, place):

@@ -10,6 +10,7 @@ import argparse
 import io
 import multiprocessing as mp
 import os
+import re
 import resource
 import signal
 import sys
@@ -29,9 +30,8 @@ BATCH = 128
 
 def memory():
     """MB of this process: anonymous, and with the pages of files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
-    return (kilobytes["RssAnon"] + kilobytes["RssShmem"]) / 1000, kilobytes["VmRSS"] / 1000
+    kilobytes = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text()))
+    return (int(kilobytes["RssAnon"]) + int(kilobytes["RssShmem"])) / 1000, int(kilobytes["VmRSS"]) / 1000
 
 
 def measured(path, size, limit, epochs):

@@ -40,7 +40,7 @@ SHOTS = ("moved", "relit", "JPEG 30", "all three")
 
 
 class ByHand:
-    """As if taken by hand: `bg` moved by up to 2 pixels of 192, its light changed by a tenth, both saved as JPEG."""
+    """As if taken by hand: `bg` moved by up to 2 pixels of 192, relit by up to a tenth, both as JPEG."""
 
     def __init__(self, ds, how):
         self.ds, self.how = ds, how
@@ -100,14 +100,14 @@ def main():
         model = load_model(given.weights)
         for path in given.zips:
             ds = ZipDataset(path, model.size)
-            baseline = baselines(ds, parts_of(Config("any"), ds)["train"])
-            for label, network in ((f"{Path(path).stem}: no network", baseline), (Path(path).stem, model)):
-                show(label, [[numbers(network, ds, np.arange(len(ds)))]])
+            baseline, name = baselines(ds, parts_of(Config("any"), ds)["train"]), Path(path).stem
+            show(f"{name}: no network", [[numbers(baseline, ds, np.arange(len(ds)))]])
+            show(name, [[numbers(model, ds, np.arange(len(ds)))]])
         return
-    rows = {name: {"model": name} for name in given.models}
+    part, rows = "test_new_both", {name: {"model": name} for name in given.models}
     if given.parts is not None:
-        rows = {part: {"model": given.models[0]} | PARTS[part] for part in given.parts or PARTS}
-    part = "test_new_both" if given.parts is None else "valid_new"
+        part, first = "valid_new", {"model": given.models[0]}
+        rows = {name: first | PARTS[name] for name in given.parts or PARTS}
     sets = {path: ZipDataset(path, given.size) for path in given.zips}
     parts = {path: parts_of(Config("any"), ds) for path, ds in sets.items()}
     no_network = {path: baselines(ds, parts[path]["train"]) for path, ds in sets.items()}

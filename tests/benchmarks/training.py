@@ -15,8 +15,7 @@ import torch
 
 from helpers import DEVICE, GPU, MODELS, OPTIMIZERS, autocast, environment, task_loss
 
-SECONDS = 2.0  # that a measurement takes at least
-CHANNELS_LAST = torch.channels_last
+SECONDS, CHANNELS_LAST = 2.0, torch.channels_last  # a measurement takes so long at least
 
 
 def images_a_second(name, size, batch, precision):
