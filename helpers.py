@@ -111,10 +111,10 @@ def _found(path: AnyPath, remedy: str) -> Path:
     raise FileNotFoundError(f"{path}: there is no such file. {remedy}")
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def _replacing(path: Path, mark: str = "") -> Iterator[Path]:
     """A name to write to; the written file takes the place of `path` once it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}{mark}.part")
     try:
         yield part
     except OSError:
@@ -497,7 +497,7 @@ def _read(place: Path | tuple[zipfile.ZipFile, zipfile.ZipInfo]) -> bytes:
 def _on_disk(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     """Bytes in a file, zeros where it is new. Raises OSError where the disk has no room."""
     if not file.exists():
-        with _replacing(file) as part:
+        with _replacing(file, f".{os.getpid()}") as part:
             size = np.lib.format.open_memmap(part, "w+", np.uint8, shape).nbytes
             with open(part, "r+b") as opened:  # all its room at once: a page without would end the process
                 getattr(os, "posix_fallocate", lambda *_: None)(opened.fileno(), 0, size)
@@ -1325,8 +1325,10 @@ class SyncBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, as one would have it; on CPUs, where torch's own
     refuses."""
     def forward(self, x: Tensor) -> Tensor:
-        shares = torch.distributed.nn.functional.all_gather(x.contiguous()) if self.training else [x]
-        return super().forward(torch.cat(shares)).chunk(len(shares))[dist.get_rank() if self.training else 0]
+        if not self.training:
+            return super().forward(x)
+        shares = torch.distributed.nn.functional.all_gather(x.contiguous())
+        return super().forward(torch.cat(shares)).chunk(len(shares))[dist.get_rank()].clone()
 
 def _begin(config: Config) -> nn.Module:
     """The network as it begins. Raises ValueError where it does not do what the networks of MODELS do."""
@@ -1482,15 +1484,17 @@ def _save_state(folder: Path, state: dict) -> None:
     """Writes a checkpoint, the states of all parts and plain values, and what follows from it."""
     if _processes()[0] == 0:
         plain = {name: getattr(part, "state_dict", lambda part=part: part)() for name, part in state.items()}
-        with _replacing(folder / "checkpoint.pt") as part:
-            torch.save(plain, part)
+        _save(folder / "checkpoint.pt", plain)
         _write_best_and_table(folder, state)
 
 def _write_best_and_table(folder: Path, state: dict) -> None:
     if state["history"] and _processes()[0] == 0:
         _write_table(folder / "metrics.csv", state["history"])
-        with _replacing(folder / "best.pt") as part:
-            torch.save(state["best"], part)
+        _save(folder / "best.pt", state["best"])
+
+def _save(path: Path, state: dict) -> None:
+    with _replacing(path) as part, open(part, "wb") as file:  # given a name, torch writes that into the file
+        torch.save(state, file)
 
 def _load_state(path: Path) -> dict:
     """What torch.save wrote, of tensors and plain values alone: nothing in it is run. Raises ValueError."""
@@ -1521,10 +1525,17 @@ def _read_table(path: Path) -> list[dict[str, float]]:
 # ---------- Drive -------------------------------------------------------------------------------------------
 
 PATIENCE, LOOK_AGAIN = 120.0, 15.0  # seconds: until Drive counts as hung; between two looks for what is new
-THERE: dict[Path, int] = {}  # which files of the workspace are on Drive, as last changed when
+
+@dataclasses.dataclass
+class _Drive:
+    """The project's folder on Drive, when the files that are there were changed, and what fails at
+    present."""
+    folder: Path
+    there: dict[Path, int] = dataclasses.field(default_factory=dict)
+    trouble: str = ""
 
 @functools.cache
-def _drive(local: Path) -> Path | None:
+def _drive(local: Path) -> _Drive | None:
     """The project's folder on the user's Drive, to which a thread copies the workspace from now on, so that
     nothing waits for a Drive that fails or hangs. None outside Colab, and without consent, for which this
     asks."""
@@ -1537,34 +1548,34 @@ def _drive(local: Path) -> Path | None:
     except Exception as error:  # refused consent raises a private class of Colab's
         print(f"Google Drive is not available ({error}): results stay on this machine and go with it.")
         return None
-    folder = DRIVE / "MyDrive" / "mask-and-depth"
-    threading.Thread(target=_copy_for_ever, args=(local, folder), daemon=True).start()
-    return folder
+    found = _Drive(DRIVE / "MyDrive" / "mask-and-depth")
+    threading.Thread(target=_copy_for_ever, args=(local, found), daemon=True).start()
+    return found
 
-def _copy_for_ever(local: Path, drive: Path) -> None:
-    trouble = ""
+def _copy_for_ever(local: Path, drive: _Drive) -> None:
     while True:
-        before, trouble = trouble, _copy_newer(local, drive, "", THERE)
-        if bool(trouble) != bool(before):
-            tqdm.write(f"Google Drive {f'fails ({trouble}); work goes on' if trouble else 'answers again'}.")
-        if trouble:
-            THERE.clear()  # Drive may have lost what it had not uploaded
+        before, drive.trouble = drive.trouble, _copy_newer(local, drive.folder, drive, drive.there)
+        if bool(drive.trouble) != bool(before):
+            what = f"fails ({drive.trouble}); work goes on" if drive.trouble else "answers again"
+            tqdm.write(f"Google Drive {what}.")
+        if before and not drive.trouble:
+            drive.there.clear()  # Drive may have lost what it had not uploaded
         time.sleep(LOOK_AGAIN)
 
-def _copy_newer(source: Path, target: Path, name: AnyPath, done: dict[Path, int]) -> str:
+def _copy_newer(source: Path, target: Path, drive: _Drive, done: dict[Path, int], name: AnyPath = "") -> str:
     """Copies what is newer in one folder to the other, the oldest first, and says what went wrong. Of a run,
     what is newer waits for what is older: its checkpoint must not arrive before its pictures."""
     failed, trouble = set(), ""
     try:
-        os.stat(DRIVE / "MyDrive")  # where Drive is not mounted, its folders must not be made
-        files = _files(source / name)
+        os.stat(drive.folder.parent)  # where Drive is not mounted, its folders must not be made
+        files = [(file, _changed(file)) for file in _files(source / name)]
     except OSError as error:
         return str(error)
-    for file in files:
-        inside, changed = file.relative_to(source), _changed(file)
+    for file, changed in files:
+        inside = file.relative_to(source)
         try:
-            os.stat(DRIVE / "MyDrive")
-            if inside.parts[0] not in failed and done.get(file) != changed:
+            os.stat(drive.folder.parent)
+            if inside.parts[0] not in failed and done.get(file) != changed == _changed(file):
                 if changed > _changed(target / inside) + 10**7:  # Drive counts milliseconds
                     _copy(file, target / inside)
                 done[file] = changed
@@ -1588,7 +1599,7 @@ def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, part)
     os.utime(part, ns=(changed, changed))
-    if changed > _changed(target):
+    if changed >= _changed(target):
         os.replace(part, target)
 
 def fetch(name: AnyPath) -> Path:
@@ -1598,7 +1609,7 @@ def fetch(name: AnyPath) -> Path:
     if drive := _drive(local):
 
         def bring() -> None:
-            brought.set_result(_copy_newer(drive, local, name, {}))
+            brought.set_result(_copy_newer(drive.folder, local, drive, {}, name))
 
         threading.Thread(target=bring, daemon=True).start()
         with contextlib.suppress(TimeoutError):
@@ -1612,13 +1623,15 @@ def drive_report(patience: float = 600) -> str:
     local, until = workspace(), time.monotonic() + patience
     if not (drive := _drive(local)):
         goes = " and goes with this machine: download it" if in_colab() else ""
-        return f"Nothing is copied to Google Drive. What was made is in {local}{goes}."
-    while (missing := [f for f in _files(local) if THERE.get(f) != _changed(f)]) and time.monotonic() < until:
+        return f"Nothing is copied to Google Drive. What was made is in the workspace, {local}{goes}."
+    there = drive.there
+    while (missing := [f for f in _files(local) if there.get(f) != _changed(f)]) and time.monotonic() < until:
         time.sleep(0.1)
     if missing:
         names = ", ".join(file.relative_to(local).as_posix() for file in missing)
-        return f"Not on Google Drive, which fails, hangs or had no time: {names}. Download it from {local}."
-    return f"On Google Drive, in {drive}: {len(THERE)} files. Leave this machine some minutes to upload them."
+        why = drive.trouble or "it hangs, or there was no time yet"
+        return f"Not there ({why}): {names}. Download it from {local}."
+    return f"On Google Drive, in {drive.folder}: {len(there)} files. Leave this machine some minutes more."
 
 # ---------- Prediction --------------------------------------------------------------------------------------
 

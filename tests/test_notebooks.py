@@ -76,7 +76,6 @@ def test_the_first_cell_has_a_title_and_the_badge_that_opens_this_notebook(noteb
     repository = re.search(r'^REPOSITORY = "([\w.-]+/[\w.-]+)"$', code(notebook)[0].source, re.MULTILINE)[1]
     links = re.findall(r"https://colab\.research\.google\.com/github/[^)\"\s]+", first.source)
     assert links == [f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}"]
-    assert "https://colab.research.google.com/assets/colab-badge.svg" in first.source
 
 
 def test_it_was_run_from_top_to_bottom_without_errors_or_warnings(notebook):
@@ -124,8 +123,7 @@ def test_one_command_names_the_repository_everywhere(tmp_path):
     assert command in (ROOT / ".github" / "workflows" / "fork.yml").read_text(encoding="utf-8")
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*"))
     shutil.copy(ROOT / "README.md", tmp_path)
-    environment = os.environ | {"NEW": "you/your-fork"}
-    subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True)
+    subprocess.run(["bash", "-c", f"NEW=you/your-fork; {command}"], cwd=tmp_path, check=True)
     files = [tmp_path / "README.md", *(tmp_path / "notebooks").glob("*.ipynb")]
     renamed = [file.read_text(encoding="utf-8") for file in files]
     assert all(old not in text and "github/you/your-fork/blob/main/notebooks/" in text for text in renamed)

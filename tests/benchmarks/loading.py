@@ -74,7 +74,6 @@ def other_ways(archive, size, folder):
 
 
 def speeds(helpers, path, size, cores, cache):
-    """name of a way -> samples a second."""
     clock, times = time.process_time if cores == 1 else time.perf_counter, defaultdict(list)
     archive, pool = zipfile.ZipFile(path), ThreadPoolExecutor(cores)
     with tempfile.TemporaryDirectory() as folder:

@@ -63,8 +63,8 @@ class ByHand:
 def numbers(model, ds, indices):
     """IoU, RMSE, delta1 on these samples, and the IoU of each way to take them by hand."""
     values = evaluate(model, ds, indices)
-    found = [values[name].mean() for name in ("iou", "rmse", "delta1")]
-    return found + [evaluate(model, ByHand(ds, how), indices)["iou"].mean() for how in SHOTS]
+    ious = [evaluate(model, ByHand(ds, how), indices)["iou"].mean() for how in SHOTS]
+    return [values[name].mean() for name in ("iou", "rmse", "delta1")] + ious
 
 
 def trained(label, config, minutes):
@@ -94,8 +94,8 @@ def main():
     parser.add_argument("--parts", nargs="*", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--weights", help="measured as they are; nothing is trained")
     given = parser.parse_args()
-    print(f"{helpers.environment()}\n")
-    print("|", " | ".join(["", "IoU", "RMSE", "δ < 1.25", *SHOTS]), "|\n|", "--- | " * 8)
+    head = " | ".join(["", "IoU", "RMSE", "δ < 1.25", *SHOTS])
+    print(f"{helpers.environment()}\n\n| {head} |\n|{'---|' * 8}")
     if given.weights is not None:
         model = load_model(given.weights)
         for path in given.zips:
