@@ -1622,8 +1622,8 @@ def drive_report(patience: float = 600) -> str:
     """What is on Drive and what is not. Waits for the copies, at most so many seconds."""
     local, until = workspace(), time.monotonic() + patience
     if not (drive := _drive(local)):
-        goes = " and goes with this machine: download it" if in_colab() else ""
-        return f"Nothing is copied to Google Drive. What was made is in the workspace, {local}{goes}."
+        goes = f", {local}, and goes with this machine: download it" if in_colab() else ""
+        return f"Nothing is copied to Google Drive. What was made is in the workspace{goes}."
     there = drive.there
     while (missing := [f for f in _files(local) if there.get(f) != _changed(f)]) and time.monotonic() < until:
         time.sleep(0.1)

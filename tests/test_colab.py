@@ -1,4 +1,4 @@
-"""Plays Google Colab: a notebook in an empty folder, a Drive that is mounted or refused, GitHub in a folder."""
+"""Plays Google Colab: a notebook in an empty folder, a Drive that is there or refused, GitHub in a folder."""
 
 import os
 import shutil
@@ -21,8 +21,8 @@ NAME = REPOSITORY.split("/")[1]
 WHERE = "import helpers\nprint(helpers.__file__, helpers.in_colab())"
 SHELL = "<google.colab._shell.Shell object at 0x7c3a>"
 
-# In place of google.colab.drive, with the signature of the real one. The mountpoint is a folder that a test must
-# not make, so the stand-in makes another and points helpers to it.
+# In place of google.colab.drive, with the signature of the real one. The mountpoint is a folder that a test
+# must not make, so the stand-in makes another and points helpers to it.
 DRIVE = """
 import os, pathlib, sys
 
@@ -74,7 +74,7 @@ def redirect(monkeypatch, folder):
 
 @pytest.fixture
 def colab(machine, github, tmp_path, monkeypatch):
-    """That machine as Colab: its shell, Drive and GitHub. Gives a function that says what becomes of consent."""
+    """That machine as Colab: shell, Drive and GitHub. Gives a function that says what becomes of consent."""
     redirect(monkeypatch, github)
     for name in ("FAKE_DRIVE", "PYTHONPATH", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
@@ -128,7 +128,7 @@ def test_setup_finds_the_project_around_a_notebook_and_stops_where_there_is_neit
 
 
 @pytest.mark.parametrize("shell", [SHELL, "<ipykernel.zmqshell.ZMQInteractiveShell object>", None])
-@pytest.mark.parametrize("kaggle", [False, True])  # which sets Colab's variables, and whose shell may be Colab's
+@pytest.mark.parametrize("kaggle", [False, True])  # which sets Colab's variables, and may have its shell
 def test_colab_is_told_by_its_shell_and_kaggle_is_not_taken_for_it(monkeypatch, shell, kaggle):
     monkeypatch.setattr(helpers, "get_ipython", lambda: shell)
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
@@ -160,7 +160,7 @@ def test_the_data_are_the_given_or_the_variables_or_notebook_00s_or_the_sample(t
     assert data_zip() == tmp_path / "variable.zip"
     assert data_zip(tmp_path / "given.zip") == tmp_path / "given.zip"
     assert data_zip(tmp_path) == tmp_path  # a folder may stand for a zip
-    with pytest.raises(FileNotFoundError, match=r"none\.zip: there is no such file. Give the path of a data set"):
+    with pytest.raises(FileNotFoundError, match=r"none\.zip: there is no such file. Give the path"):
         data_zip("none.zip")
 
 

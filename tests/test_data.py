@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import FILE_NAMES
 from PIL import Image
-from torch.utils.data import DataLoader
 
 import helpers
 from helpers import CHANNELS, KINDS, LAYOUTS, ZipDataset, data_zip, workspace

@@ -137,26 +137,6 @@ def test_readme_links_every_notebook_and_what_it_links_exists():
     assert all(f"/blob/main/notebooks/{name})" in README for name in NOTEBOOKS)
 
 
-def test_every_promise_in_the_readme_names_tests_that_exist():
-    promises = README.partition("## What survives what")[2].partition("\n## ")[0]
-    rows = [line.strip("|").split("|") for line in promises.splitlines() if line.startswith("| ")][1:]
-    files = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
-    tests = re.findall(r"^def (test_\w+)", "\n".join(files.values()), re.MULTILINE)
-    for *_, shown_by in rows:
-        named = re.findall(r"`(\w+)`", shown_by)
-        assert named or "](tests/test_" in shown_by
-        assert [name for name in named if name not in files and not any(name in test for test in tests)] == []
-
-
-def test_cells_may_be_run_twice_and_in_another_order():
-    """Every cell twice in a row; then all but the setup once more, the last one first."""
-    cells = [cell.source for cell in code(NOTEBOOKS["01_data.ipynb"])]
-    order = [cell for cell in cells for _ in (1, 2)] + cells[:0:-1]
-    again = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in order])
-    resources = {"metadata": {"path": ROOT / "notebooks"}}
-    NotebookClient(again, timeout=1200, kernel_name="python3", resources=resources).execute()
-
-
 @pytest.mark.parametrize("value", [
     {"my chair.JPG": {"metadata": {"name": "my chair.JPG"}, "content": b"bytes"}},  # ipywidgets 7, in Colab
     ({"name": "my chair.JPG", "content": memoryview(b"bytes")},),  # ipywidgets 8
