@@ -375,7 +375,7 @@ class ZipDataset(torch.utils.data.Dataset):
     def _find(self, layout: str | None) -> pd.DataFrame:
         """The samples as `_match_names` gives them, and the kinds that there are."""
         self.layout = layout
-        table = [i for i, name in enumerate(self.names) if _pattern(TABLE).fullmatch(name)]
+        table = [i for i, match in enumerate(map(_pattern(TABLE).fullmatch, self.names)) if match]
         try:
             if layout is None or (LAYOUTS[layout] == TABLE and not table):
                 some = ", ".join(list({os.path.dirname(name): name for name in self.names}.values())[:4])
@@ -505,12 +505,12 @@ def _on_disk(file: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 def _resize(picture: np.ndarray, kind: str, size: int) -> np.ndarray:
     """(H, W, C) -> (size, size, C), bilinear with antialiasing; masks by area, cut at one half to 0 or 1."""
-    planes = torch.from_numpy(picture).permute(2, 0, 1)[None]
-    if kind == "mask":
-        planes = (F.interpolate(planes.float(), (size, size), mode="area") > 127.5).to(torch.uint8)
-    elif picture.shape[:2] != (size, size):
-        planes = F.interpolate(planes, (size, size), mode="bilinear", antialias=True)
-    return planes[0].permute(1, 2, 0).numpy()
+    if picture.shape[:2] != (size, size):
+        planes = torch.from_numpy(picture).permute(2, 0, 1)[None]
+        how = {"mode": "area"} if kind == "mask" else {"mode": "bilinear", "antialias": True}
+        planes = F.interpolate(planes.float() if kind == "mask" else planes, (size, size), **how)
+        picture = planes[0].permute(1, 2, 0).numpy()
+    return (picture > 127.5).astype(np.uint8) if kind == "mask" else picture
 
 @functools.lru_cache(maxsize=1)
 def _pool(process: int) -> ThreadPoolExecutor:

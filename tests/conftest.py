@@ -14,7 +14,9 @@ sys.path.insert(0, str(ROOT))
 
 # Set before anything imports numpy, torch or helpers; the notebooks' kernels and started programs inherit it.
 # All is small here: several threads would mostly wait for each other, above all on a busy machine.
-for pair in ("SCALE=quick", "MPLBACKEND=Agg", "OMP_NUM_THREADS=1", "MKL_NUM_THREADS=1"):
+# DATA_ZIP: notebook 00 makes a set in the workspace that others must not find half-way.
+ONE_THREAD = ("OMP_NUM_THREADS=1", "MKL_NUM_THREADS=1")
+for pair in ("SCALE=quick", "MPLBACKEND=Agg", *ONE_THREAD, "DATA_ZIP=assets/sample.zip"):
     os.environ.setdefault(*pair.split("="))
 for variable in {"WORKSPACE", "XDG_CACHE_HOME"} - set(os.environ):
     folder = tempfile.TemporaryDirectory(prefix="mask-and-depth-", ignore_cleanup_errors=True)
