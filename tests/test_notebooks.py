@@ -15,7 +15,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from nbclient import NotebookClient
 
 from helpers import MODELS, Config, ZipDataset, load_model, to_float
 
