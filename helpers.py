@@ -7,8 +7,6 @@ distance.
 """
 
 import contextlib
-import csv
-import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -27,7 +25,7 @@ import warnings
 import zipfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,12 +51,10 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 AnyPath = str | Path
-with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc keeps a batch's memory for the next
-    for option, value in ((-4, 0), (-1, 2**31 - 1)):  # mallopt's M_MMAP_MAX and M_TRIM_THRESHOLD
-        ctypes.CDLL(None).mallopt(option, value)
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a started CUDA cannot be forked to several GPUs
 torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on a GPU too: TF32 moves SSIM by hundredths
 torch.backends.cudnn.benchmark = True  # nearly all batches are alike: tries its ways once, takes the best
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such pictures are refused by a sentence
 
 # ---------- Where it runs -----------------------------------------------------------------------------------
 
@@ -115,24 +111,24 @@ def _found(path: AnyPath, remedy: str) -> Path:
     raise FileNotFoundError(f"{path}: there is no such file. {remedy}")
 
 @contextlib.contextmanager
-def _replacing(path: Path, mark: str = "") -> Iterator[Path]:
+def _replacing(path: Path) -> Iterator[Path]:
     """A name to write to; the written file takes the place of `path` once it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}{mark}.part")
+    part = path.with_name(f"{path.name}.part")
     try:
         yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)
         raise
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 def _known(name: str | None, names: Iterable[str | None], what: str) -> None:
     if name not in names:
         raise ValueError(f"Unknown {what} {name!r}. Known: {', '.join(map(str, names))}.")
 
-# ---------- Data --------------------------------------------------------------------------------------------
+# ---------- Data: files and their names ---------------------------------------------------------------------
 
 KINDS = ("bg", "fg_bg", "mask", "depth")
 CHANNELS = {"bg": 3, "fg_bg": 3, "mask": 1, "depth": 1}
@@ -152,7 +148,6 @@ LAYOUTS = {
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # others of Pillow's start programs
 LITTER = re.compile(r"/$|(^|/)(__MACOSX/|\.(?!\.?/)|Thumbs\.db$|desktop\.ini$)")  # and folders
-TABLE = LAYOUTS["roshantac"]
 SPLIT_ZIP = "one part of a split zip, or its parts joined: make it whole by zip -s 0 PART.zip --out ALL.zip"
 NOT_ZIP = {  # what is given in place of a zip, by its first bytes
     b"<": "a web page (HTML), such as Google Drive's warning: download the zip itself",
@@ -165,16 +160,15 @@ def read_picture(data: bytes, kind: str = "fg_bg", smallest: int = 0) -> np.ndar
     camera noted. A JPEG over four times as large as `smallest` may come at half its size. Raises ValueError
     for what is no picture of 8 bits a channel, too large, transparent in parts, or in colours or greys that
     are not meant."""
-    grey, side = CHANNELS[kind] == 1, 2 * smallest
+    grey, most = CHANNELS[kind] == 1, Image.MAX_IMAGE_PIXELS or np.inf
     try:
         if data[:2] == b"\xff\xd8" and b"Exif\0" not in data[: 2**16]:  # thrice as fast as Pillow
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-            known = ("Gray",) if grey else ("Gray", "YCbCr", "RGB")
-            if height * width <= Image.MAX_IMAGE_PIXELS and space in known:
-                scale = {"min_height": side, "min_width": side, "min_factor": 2} if smallest else {}
-                return simplejpeg.decode_jpeg(data, "GRAY" if grey else "RGB", **scale)
+            if height * width <= most and (space == "Gray" or (space in ("YCbCr", "RGB") and not grey)):
+                scale = {"min_height": 2 * smallest, "min_width": 2 * smallest, "min_factor": 2}
+                return simplejpeg.decode_jpeg(data, "GRAY" if grey else "RGB", **scale if smallest else {})
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        if image.width * image.height > most:
             raise Image.DecompressionBombError
         if image.mode.startswith(("I", "F")):
             raise ValueError("it has more than 8 bits a channel; save it with 8")
@@ -186,11 +180,10 @@ def read_picture(data: bytes, kind: str = "fg_bg", smallest: int = 0) -> np.ndar
         if grey and image.mode not in ("1", "L", "LA") and np.ptp(image.convert("RGB"), axis=2).max() > 64:
             raise ValueError("it is in colours where grey is meant; those of a colour map are no distances")
         return np.array(image.convert("L" if grey else "RGB")).reshape(image.height, image.width, -1)
-    except Image.DecompressionBombError:
-        raise ValueError(f"it has over {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
     except Exception as error:  # decoders raise many kinds
-        unknown = isinstance(error, Image.UnidentifiedImageError)
-        raise ValueError(f"it is none of {', '.join(FORMATS)}" if unknown else str(error)) from None
+        known = {Image.DecompressionBombError: f"it has over {most:,} pixels; make it smaller"}
+        known[Image.UnidentifiedImageError] = f"it is none of {', '.join(FORMATS)}"
+        raise ValueError(known.get(type(error), str(error))) from None
 
 def _refuse_grey(mask: np.ndarray) -> None:
     """Raises ValueError for what is no mask of black and white. What JPEG smears is little, and of all
@@ -204,7 +197,7 @@ def _refuse_grey(mask: np.ndarray) -> None:
     if 0 < mask.max() < 128:  # 0 and 1, say, or a number for each object
         raise ValueError(f"its brightest pixel is {mask.max()}, and in a mask the object is 255")
 
-def _open_archive(path: Path) -> zipfile.ZipFile:
+def _open_zip(path: Path) -> zipfile.ZipFile:
     """Raises ValueError, which says what the file is, if it is no zip."""
     with open(path, "rb") as file:
         start = file.read(512).lstrip()
@@ -230,7 +223,7 @@ def _list_files(path: Path) -> tuple[list[str], list, str]:
             warnings.warn(f"{path}: its pictures are read, and {beside} beside them is not.", stacklevel=3)
             archives = []
         loose = [name for name in loose if not archives or name.endswith(".csv")]
-    for archive in map(_open_archive, archives):
+    for archive in map(_open_zip, archives):
         around = "" if path.is_file() else f"{Path(archive.filename).stem}/"
         files += [(around + i.filename.replace("\\", "/"), (archive, i), i.CRC) for i in archive.infolist()]
     # For checksums of loose files all would be read: their sizes tell whether the data have changed.
@@ -243,15 +236,24 @@ def _list_files(path: Path) -> tuple[list[str], list, str]:
     content += "\n".join([*names, ""]).encode("utf-8", "surrogateescape")
     return names, [place for _, place, _ in files], hashlib.blake2b(content, digest_size=8).hexdigest()
 
+def _read(place: Path | tuple[zipfile.ZipFile, zipfile.ZipInfo]) -> bytes:
+    """The bytes of a file, by itself or in a zip. Raises ValueError."""
+    try:
+        return place.read_bytes() if isinstance(place, Path) else place[0].read(place[1])
+    except Exception as error:  # zipfile and its decompressors raise many kinds
+        raise ValueError(f"it is damaged ({error}); copy it anew") from error
+
 def _pattern(name: str) -> re.Pattern:
     """What a whole path of this name in LAYOUTS matches, with the numbers as named groups."""
     numbered = re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d{1,18})", re.escape(name))
     ending = "" if name.endswith(".csv") else f"(?:{'|'.join(map(re.escape, ENDINGS))})"
     return re.compile(f"(?:.*/)?{numbered}{ending}", re.IGNORECASE)
 
+TABLE = _pattern(LAYOUTS["roshantac"])
+
 def _recognise_layout(names: Sequence[str]) -> str | None:
     """The layout whose table is there, or that most fg_bg names among some thousand files follow, if any."""
-    if any(map(_pattern(TABLE).fullmatch, names)):
+    if any(map(TABLE.fullmatch, names)):
         return "roshantac"
     some = [names[i] for i in np.random.default_rng(0).permutation(len(names))[:10_000]]
     patterns = {name: _pattern(kinds.split()[1]) for name, kinds in LAYOUTS.items() if name != "roshantac"}
@@ -351,22 +353,19 @@ class ZipDataset(torch.utils.data.Dataset):
     file names), `depth_near` whether near is "dark" or "bright" in the zip, `defects` whether to "stop" at
     the first damaged or missing file or to "leave_out" all such samples. Raises FileNotFoundError, and
     ValueError, which names the file."""
-    def __init__(
-        self,
-        path: str | Path,
-        size: int = 64,
-        layout: str | None = None,
-        depth_near: str = "dark",
-        defects: str = "stop",
-    ):
+    def __init__(self, path: AnyPath, size: int = 64, layout: str | None = None, depth_near: str = "dark",
+                 defects: str = "stop"):
         _known(depth_near, ("dark", "bright"), "depth_near")
         _known(defects, ("stop", "leave_out"), "choice of defects")
         _known(layout, (None, *LAYOUTS), "layout")
         self.path, self.size, self.depth_near, self.left_out = Path(path), size, depth_near, {}
         if not self.path.exists():
             raise FileNotFoundError(f"{path}: there is no such file or folder.")
+        if size < 1:
+            raise ValueError(f"size is {size}; it must be a number of pixels, 1 or more.")
         self.names, self._places, self.fingerprint = _list_files(self.path)
-        samples = self._find(layout or _recognise_layout(self.names))
+        self.layout = layout or _recognise_layout(self.names)
+        samples = self._find()
         if self.left_out and defects == "stop":
             name, what = next(iter(self.left_out.items()))
             raise ValueError(f"{path}: {name} {what} ({len(self.left_out)} defects; check(path) lists them)")
@@ -374,23 +373,25 @@ class ZipDataset(torch.utils.data.Dataset):
         self._choose(samples[~samples[list(self.kinds)].isin(bad).any(axis=1)])
         if defects == "leave_out":
             self._kept = {}  # the files themselves are looked at
-            sound = self._sound_samples()
+            about = {"desc": f"checking {self.path.name}", "unit": " samples", "leave": False}
+            looks = _pool(os.getpid()).map(self._look_at, range(len(self)))
+            found = list(tqdm(looks, total=len(self), file=sys.stdout, **about))
+            self.left_out |= {name: what for one in found for name, what in one.items()}
             self.fingerprint += f" without {sorted(self.left_out)}" if self.left_out else ""
-            self._choose(self._samples[sound])
+            self._choose(self._samples[[not one for one in found]])
 
-    def _find(self, layout: str | None) -> pd.DataFrame:
-        """The samples as `_match_names` gives them, and the kinds that there are."""
-        self.layout = layout
-        table = [i for i, match in enumerate(map(_pattern(TABLE).fullmatch, self.names)) if match]
+    def _find(self) -> pd.DataFrame:
+        """The samples as `_match_names` gives them; notes what kinds there are, and what is missing."""
+        table = [i for i, match in enumerate(map(TABLE.fullmatch, self.names)) if match]
         try:
-            if layout is None or (LAYOUTS[layout] == TABLE and not table):
+            if self.layout is None or (self.layout == "roshantac" and not table):
                 some = ", ".join(list({os.path.dirname(name): name for name in self.names}.values())[:4])
                 known = "; ".join(f"{name}: {kinds}" for name, kinds in LAYOUTS.items())
                 raise ValueError(f"no known layout. Found {len(self.names)} files: {some}. Known: {known}.")
-            if LAYOUTS[layout] == TABLE:
+            if self.layout == "roshantac":
                 samples = _match_table(self.names, _read(self._places[table[0]]), self.left_out)
             else:
-                samples = _match_names(self.names, layout, self.left_out)
+                samples = _match_names(self.names, self.layout, self.left_out)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
         self.kinds = ("bg", "fg_bg", *(task for task in KINDS[2:] if (samples[task] >= 0).any()))
@@ -411,8 +412,7 @@ class ZipDataset(torch.utils.data.Dataset):
         key += " ".join(str(_changed(place)) for place in self._places if isinstance(place, Path))
         key = key.encode() + b"".join(files.tobytes() for files in self._file.values())
         key = hashlib.blake2b(key, digest_size=8).hexdigest()
-        # Pages that a crash of the machine kept from the disk would be black: files are good until the next
-        # start.
+        # What a crash of the machine kept from the disk would be black: files are good until the next start.
         since, self._kept = CACHE / f"pictures-{round(psutil.boot_time(), -2):.0f}", {}
         for old in set(CACHE.glob("pictures-*")) - {since}:
             shutil.rmtree(old, ignore_errors=True)
@@ -422,27 +422,19 @@ class ZipDataset(torch.utils.data.Dataset):
                 pictures = _on_disk(since / key / f"{kind}.npy", shape)
                 self._kept[kind] = pictures, _on_disk(since / key / f"{kind}_ready.npy", shape[:1])
 
-    def _sound_samples(self) -> np.ndarray:
-        """Which samples have pictures that can be read, and a mask of what is new; the others go to
-        `left_out`."""
-
-        def look(i: int) -> bool:
-            try:
-                sample = {kind: pictures[0].int().numpy() for kind, pictures in self.batch([i]).items()}
-                mask = sample["mask"][0] > 0 if "mask" in sample else np.zeros(1, bool)
-                change = np.abs(sample["fg_bg"] - sample["bg"]).max(0)
-                if not mask.any() or mask.all() or change[mask].mean() > change[~mask].mean():
-                    return True
-                name = self.names[self._file["mask"][self._slot["mask"][i]]]
-                self.left_out[name] = "marks what is alike in bg and fg_bg. Is it inverted?"
-            except ValueError as error:
-                name, _, what = str(error).removeprefix(f"{self.path}: ").partition(" cannot be read")
-                self.left_out[name] = f"cannot be read{what}"
-            return False
-
-        about = {"desc": f"checking {self.path.name}", "unit": " samples", "leave": False, "file": sys.stdout}
-        looks = _pool(os.getpid()).map(look, range(len(self)))
-        return np.array(list(tqdm(looks, total=len(self), **about)), bool)
+    def _look_at(self, i: int) -> dict[str, str]:
+        """What is wrong with a sample's pictures: they cannot be read, or the mask is not of what is new."""
+        try:
+            sample = {kind: pictures[0].int().numpy() for kind, pictures in self.batch([i]).items()}
+        except ValueError as error:
+            name, _, what = str(error).removeprefix(f"{self.path}: ").partition(" cannot be read")
+            return {name: f"cannot be read{what}"}
+        mask = sample["mask"][0] > 0 if "mask" in sample else np.zeros(1, bool)
+        change = np.abs(sample["fg_bg"] - sample["bg"]).max(0)
+        if not mask.any() or mask.all() or change[mask].mean() > change[~mask].mean():
+            return {}
+        name = self.names[self._file["mask"][self._slot["mask"][i]]]
+        return {name: "marks what is alike in bg and fg_bg. Is it inverted?"}
 
     def __len__(self) -> int:
         return len(self.bg_id)
@@ -475,9 +467,8 @@ class ZipDataset(torch.utils.data.Dataset):
     def _decode(self, kind: str, files: np.ndarray) -> np.ndarray:
         """These files' pictures, (len(files), size, size, channels), by all cores: decoders let others
         run."""
-
         def share(some: np.ndarray) -> np.ndarray:
-            return np.stack([_resize(self._picture(kind, file), kind, self.size) for file in some.tolist()])
+            return np.stack([self._picture(kind, file) for file in some.tolist()])
 
         shares = np.array_split(files, min(len(files), os.cpu_count()))
         at_once = _pool(os.getpid()).map if len(shares) > 1 else map
@@ -485,45 +476,37 @@ class ZipDataset(torch.utils.data.Dataset):
         return 255 - pictures if kind == "depth" and self.depth_near == "bright" else pictures
 
     def _picture(self, kind: str, file: int) -> np.ndarray:
+        """(size, size, channels): bilinear with antialiasing, masks by area, cut at one half to 0 or 1."""
         try:
             picture = read_picture(_read(self._places[file]), kind, self.size if kind != "mask" else 0)
             if kind == "mask":
                 _refuse_grey(picture)
-            return picture
         except ValueError as error:
             raise ValueError(f"{self.path}: {self.names[file]} cannot be read as {kind}: {error}.") from error
-
-def _read(place: Path | tuple[zipfile.ZipFile, zipfile.ZipInfo]) -> bytes:
-    """The bytes of a file, in a zip or by itself. Raises ValueError."""
-    try:
-        return place.read_bytes() if isinstance(place, Path) else place[0].read(place[1])
-    except Exception as error:  # zipfile and its decompressors raise many kinds
-        raise ValueError(f"it is damaged ({error}); copy it anew") from error
+        if picture.shape[:2] != (self.size, self.size):
+            planes = torch.from_numpy(picture).permute(2, 0, 1)[None]
+            how = {"mode": "area"} if kind == "mask" else {"mode": "bilinear", "antialias": True}
+            planes = F.interpolate(planes.float() if kind == "mask" else planes, (self.size,) * 2, **how)
+            picture = planes[0].permute(1, 2, 0).numpy()
+        return (picture > 127.5).astype(np.uint8) if kind == "mask" else picture
 
 def _on_disk(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     """Bytes in a file, zeros where it is new. Raises OSError where the disk has no room."""
-    if not file.exists():
-        with _replacing(file, f".{os.getpid()}") as part:
-            size = np.lib.format.open_memmap(part, "w+", np.uint8, shape).nbytes
-            with open(part, "r+b") as opened:  # all its room at once: a page without would end the process
-                getattr(os, "posix_fallocate", lambda *_: None)(opened.fileno(), 0, size)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{file}.lock"):  # one program makes it, also where several open the data at once
+        if not file.exists():
+            with _replacing(file) as part:
+                size = np.lib.format.open_memmap(part, "w+", np.uint8, shape).nbytes
+                with open(part, "r+b") as opened:  # all its room at once: a page without ends the process
+                    getattr(os, "posix_fallocate", lambda *_: None)(opened.fileno(), 0, size)
     return np.load(file, mmap_mode="r+")
-
-def _resize(picture: np.ndarray, kind: str, size: int) -> np.ndarray:
-    """(H, W, C) -> (size, size, C), bilinear with antialiasing; masks by area, cut at one half to 0 or 1."""
-    if picture.shape[:2] != (size, size):
-        planes = torch.from_numpy(picture).permute(2, 0, 1)[None]
-        how = {"mode": "area"} if kind == "mask" else {"mode": "bilinear", "antialias": True}
-        planes = F.interpolate(planes.float() if kind == "mask" else planes, (size, size), **how)
-        picture = planes[0].permute(1, 2, 0).numpy()
-    return (picture > 127.5).astype(np.uint8) if kind == "mask" else picture
 
 @functools.lru_cache(maxsize=1)
 def _pool(process: int) -> ThreadPoolExecutor:
     """The threads that decode; by process, because they do not live on in a forked one."""
     return ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
 
-def check(path: str | Path, layout: str | None = None) -> dict[str, str]:
+def check(path: AnyPath, layout: str | None = None) -> dict[str, str]:
     """Reads a data set from first to last, prints what it holds and what is wrong, and gives the defects,
     {file name: what is wrong with it}. Raises FileNotFoundError or ValueError for what is no data set at
     all."""
@@ -1118,12 +1101,17 @@ class Config:
             _known(name, ("none", *AUGMENTATIONS), "augment")
         task_loss(self.mask_loss, self.depth_loss, self.depth_weight)
 
-    def save(self, path: str | Path) -> None:
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that are trained."""
+        return tuple(task for task in KINDS[2:] if getattr(self, f"{task}_loss"))
+
+    def save(self, path: AnyPath) -> None:
         """Writes it as JSON."""
-        _write_json(Path(path), dataclasses.asdict(self))
+        _write(Path(path), json.dumps(dataclasses.asdict(self), indent=1))
 
     @classmethod
-    def load(cls, path: str | Path) -> "Config":
+    def load(cls, path: AnyPath) -> "Config":
         """Reads what `save` wrote, or the config.json of a run. Raises ValueError where it holds no
         Config."""
         try:
@@ -1165,10 +1153,9 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     with _locked(folder) if first else contextlib.nullcontext(), torch.random.fork_rng():
         how = {"depth_near": config.depth_near, "defects": config.defects}
         ds = ZipDataset(data_zip(config.data), config.size, **how)
-        if lacking := set(_tasks(config)) - set(ds.kinds):
-            task = lacking.pop()
+        for task in set(config.tasks) - set(ds.kinds):
             raise ValueError(f"{ds.path} has no {task} pictures. Set {task}_loss=None, or take another zip.")
-        ds.kinds = ("bg", "fg_bg", *_tasks(config))
+        ds.kinds = ("bg", "fg_bg", *config.tasks)
         settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint, "code": _own_code(config)}
         _refuse_another(folder, settings)
         if (folder / "results.json").exists():
@@ -1177,17 +1164,13 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
             return read_run(folder)
         parts, model = parts_of(config, ds), _begin(config)
         if first:
-            _write_json(folder / "config.json", settings)
+            _write(folder / "config.json", json.dumps(settings, indent=1))
         try:
             _train(config, ds, parts, model, folder, stop_after, quiet or not first)
         except torch.OutOfMemoryError as error:
             remedy = f"Set batch_size={config.batch_size // 2 or 1} or a smaller size, under another name"
             raise MemoryError(f"{config.name}: a batch does not fit into memory. {remedy}.") from error
         return read_run(folder)
-
-def _tasks(config: Config | None) -> tuple[str, ...]:
-    """The tasks that a Config trains; without one, both."""
-    return tuple(task for task in KINDS[2:] if config is None or getattr(config, f"{task}_loss"))
 
 def _own_code(config: Config) -> dict[str, str]:
     """A hash of the source of a network or loss of one's own: edited, it makes another run."""
@@ -1199,12 +1182,10 @@ def _own_code(config: Config) -> dict[str, str]:
         values = repr((made.args, made.keywords)) if isinstance(made, functools.partial) else ""
         code = inspect.unwrap(getattr(made, "func", made))
         code = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
-        try:
-            source = inspect.getsource(code)
-        except OSError:  # a class that a notebook defines has no file: its functions have
-            functions = [getattr(value, "__func__", value) for value in vars(code).values()]
-            source = "".join(map(inspect.getsource, filter(inspect.isfunction, functions)))
-        hashes[field] = hashlib.blake2b((source + values).encode(), digest_size=8).hexdigest()
+        members = vars(code).values() if inspect.isclass(code) else [code]  # a notebook's class has no file
+        functions = filter(inspect.isfunction, (getattr(member, "__func__", member) for member in members))
+        source = "".join(map(inspect.getsource, functions)) + values
+        hashes[field] = hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
     return hashes
 
 def _refuse_another(folder: Path, settings: dict) -> None:
@@ -1213,13 +1194,13 @@ def _refuse_another(folder: Path, settings: dict) -> None:
     if not (folder / "config.json").exists():
         return
     theirs = dataclasses.asdict(Config("any")) | json.loads((folder / "config.json").read_text())
-    for key in [key for key in settings if key not in ("data", "checkpoint_minutes")]:
-        was, now = theirs.get(key, {}), settings[key]
-        if was != now:
+    for key, now in settings.items():
+        was = theirs.get(key, {})
+        if was != now and key not in ("data", "checkpoint_minutes"):
             what = "the code of a loss or network of your own, now edited," if key == "code" else key
             remedy = f"Take another name, or delete {folder}."
-            run_name = settings["name"]
-            raise ValueError(f"The run {run_name!r} exists, but {what} was {was!r} and is {now!r}. {remedy}")
+            name = settings["name"]
+            raise ValueError(f"The run {name!r} exists, but {what} was {was!r} and is {now!r}. {remedy}")
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
@@ -1269,13 +1250,8 @@ def _prefetch(function: Callable, items: Iterable) -> Iterator:
         yield from (future.result() for future in coming)
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    ds: ZipDataset,
-    indices: np.ndarray,
-    loss: TaskLoss | None = None,
-    precision: str = "auto",
-) -> dict[str, np.ndarray]:
+def evaluate(model: nn.Module, ds: ZipDataset, indices: np.ndarray, loss: TaskLoss | None = None,
+             precision: str = "auto") -> dict[str, np.ndarray]:
     """The metrics of `measure` for each of the samples, arrays of len(indices), of the tasks that the network
     was trained on. With a loss also `loss`, the same for all of a batch of 32."""
     tasks, measured = getattr(model.eval(), "tasks", KINDS), []
@@ -1293,12 +1269,8 @@ def evaluate(
 def score(model: nn.Module, ds: ZipDataset, parts: dict[str, np.ndarray], precision: str = "auto") -> Results:
     """Means over the pictures, but for those in which no pixel counts (NaN): part -> metric -> value. Parts
     without samples are left out."""
-    results = {}
-    for part, indices in parts.items():
-        if len(indices):
-            values = evaluate(model, ds, indices, precision=precision)
-            results[part] = pd.DataFrame(values).astype(float).mean().to_dict()
-    return results
+    values = {part: evaluate(model, ds, of, precision=precision) for part, of in parts.items() if len(of)}
+    return {part: pd.DataFrame(of).astype(float).mean().to_dict() for part, of in values.items()}
 
 def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
     """`run` for lists of Configs, such as one for each seed, with one progress bar. The checkpoints of
@@ -1310,7 +1282,7 @@ def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
         (runs[label][-1].folder / "checkpoint.pt").unlink(missing_ok=True)
     return runs
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: AnyPath) -> Run:
     """The run in this folder, as far as it has come. Raises FileNotFoundError where there is none, ValueError
     where a file of it is damaged."""
     folder = Path(folder)
@@ -1366,15 +1338,12 @@ def _mean_over_processes(tensors: Sequence[Tensor]) -> None:
         for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
-def _train(
-    config: Config,
-    ds: ZipDataset,
-    parts: dict[str, np.ndarray],
-    model: nn.Module,
-    folder: Path,
-    stop_after: int | None,
-    quiet: bool,
-) -> None:
+def _wait() -> None:
+    """Until all processes have come as far."""
+    _mean_over_processes([torch.zeros(1, device=DEVICE)])
+
+def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: nn.Module, folder: Path,
+           stop_after: int | None, quiet: bool) -> None:
     """From the last checkpoint to the last epoch. Everything random in a step depends on (seed, step) alone,
     and the order of an epoch on (seed, epoch): that makes going on exact."""
     process, processes = _processes()
@@ -1399,7 +1368,6 @@ def _train(
             state[name].load_state_dict(saved)
         else:
             state[name] = saved.to(DEVICE) if name == "loss_sum" else saved
-    _write_best_and_table(folder, state)  # which a kill may have kept from being written
     augment = [change for name, change in AUGMENTATIONS.items() if name in config.augment.split("+")]
     while state["step"] < steps * (epochs if stop_after is None else min(epochs, stop_after)):
         epoch, begun = divmod(state["step"], steps)
@@ -1438,16 +1406,16 @@ def _train(
             if due or not GPU or state["step"] % 50 == 0:  # on a GPU, to look at the loss is to wait for it
                 _refuse_not_finite(config, state, map(ds.name, whole))
             if due and state["step"] % steps:
-                _save_state(folder, state)
+                _save(folder, state)
                 saved_at = time.monotonic()
         _end_epoch(config, ds, parts, folder, state, time.monotonic() - started, quiet)
-    _mean_over_processes([torch.zeros(1, device=DEVICE)])
+    _wait()
     if state["step"] == steps * epochs:
         tests = {part: indices for part, indices in parts.items() if part != "train"}
         results = score(load_model(folder), ds, tests, config.precision)
         if process == 0:
-            _write_json(folder / "results.json", results)
-        _mean_over_processes([torch.zeros(1, device=DEVICE)])
+            _write(folder / "results.json", json.dumps(results, indent=1))
+        _wait()
 
 def _refuse_not_finite(config: Config, state: dict, samples: Iterable[str]) -> None:
     if not state["loss_sum"].isfinite():
@@ -1457,20 +1425,21 @@ def _refuse_not_finite(config: Config, state: dict, samples: Iterable[str]) -> N
         raise ValueError(f"{where} {some}. Try a smaller lr, under another name.")
 
 def _end_epoch(config, ds, parts, folder, state, seconds, quiet) -> None:
-    """Measures on the validation samples, and writes down what the epoch has brought."""
+    """Measures on the validation samples, and writes down what the epoch has brought; the checkpoint last, so
+    that a kill in between repeats the epoch."""
     measured = state["average"].module if config.average else state["model"]
     # Learned weights change from epoch to epoch; epochs are compared by weights that do not.
-    weight = 1.0 if config.depth_weight == "learned" else config.depth_weight
-    valid_loss = task_loss(config.mask_loss, config.depth_loss, weight)
-    values = evaluate(measured, ds, parts["valid"], valid_loss, config.precision)
+    learned = config.depth_weight == "learned"
+    loss = task_loss(config.mask_loss, config.depth_loss, 1.0 if learned else config.depth_weight)
+    values = evaluate(measured, ds, parts["valid"], loss, config.precision)
     row = {"epoch": len(state["history"]) + 1, "lr": state["lr"], "train_loss": state["loss_sum"].item()}
     row |= pd.DataFrame(values).astype(float).mean().add_prefix("valid_").to_dict()
+    if learned:
+        row["depth_weight"] = (state["loss"].log_variances[0] - state["loss"].log_variances[1]).exp().item()
+    state["history"].append(row)
     state["loss_sum"] = torch.tensor(np.mean(values["loss"]), device=DEVICE)  # NaN if one of them is
     _mean_over_processes([state["loss_sum"]])
     _refuse_not_finite(config, state, ["the validation samples"])
-    state["history"].append(row)
-    if config.depth_weight == "learned":
-        row["depth_weight"] = (state["loss"].log_variances[0] - state["loss"].log_variances[1]).exp().item()
     if config.schedule == "plateau":
         state["schedule"].step(state["loss_sum"].item())
     state["loss_sum"] = torch.zeros((), device=DEVICE)
@@ -1478,25 +1447,31 @@ def _end_epoch(config, ds, parts, folder, state, seconds, quiet) -> None:
         state["best"] = {name: tensor.cpu().clone() for name, tensor in measured.state_dict().items()}
     if _processes()[0] == 0:
         timing = _read_table(folder / "timing.csv")[: row["epoch"] - 1]
-        _write_table(folder / "timing.csv", [*timing, {"epoch": row["epoch"], "seconds": seconds}])
+        _write(folder / "timing.csv", [*timing, {"epoch": row["epoch"], "seconds": seconds}])
         _save_images(folder / "images" / f"epoch_{row['epoch']:03}", measured, ds, parts, config.precision)
-    _save_state(folder, state)
+        _write(folder / "metrics.csv", state["history"])
+        _write(folder / "best.pt", state["best"])
+    _save(folder, state)
     if not quiet:
         shown = ("train_loss", "valid_loss", "valid_iou", "valid_rmse")
         found = "  ".join(f"{name} {row[name]:.3f}" for name in shown if name in row)
         print(f"{config.name}  epoch {row['epoch']}  {found}  ({seconds:.0f} s)")
 
-def _save_state(folder: Path, state: dict) -> None:
-    """Writes a checkpoint, the states of all parts and plain values, and what follows from it."""
+def _save(folder: Path, state: dict) -> None:
+    """Writes a checkpoint: the states of all parts, and plain values."""
     if _processes()[0] == 0:
         plain = {name: getattr(part, "state_dict", lambda part=part: part)() for name, part in state.items()}
-        _save(folder / "checkpoint.pt", _interned(plain))
-        _write_best_and_table(folder, state)
+        _write(folder / "checkpoint.pt", plain)
 
-def _write_best_and_table(folder: Path, state: dict) -> None:
-    if state["history"] and _processes()[0] == 0:
-        _write_table(folder / "metrics.csv", state["history"])
-        _save(folder / "best.pt", state["best"])
+def _write(path: Path, content: str | list | dict) -> None:
+    """A file of text, of the rows of a table, or of a state, whole or not at all."""
+    if isinstance(content, list):
+        content = pd.DataFrame(content).to_csv(index=False, na_rep="nan", lineterminator="\n")
+    with _replacing(path) as part, open(part, "wb") as file:
+        if isinstance(content, str):
+            file.write(content.encode())
+        else:
+            torch.save(_interned(content), file)
 
 def _interned(value: object) -> object:
     """With equal strings made one object: pickle writes one twice that, once loaded, has become two."""
@@ -1505,10 +1480,6 @@ def _interned(value: object) -> object:
     if isinstance(value, list):
         return list(map(_interned, value))
     return sys.intern(value) if isinstance(value, str) else value
-
-def _save(path: Path, state: dict) -> None:
-    with _replacing(path) as part, open(part, "wb") as file:  # given a name, torch writes that into the file
-        torch.save(state, file)
 
 def _load_state(path: Path) -> dict:
     """What torch.save wrote, of tensors and plain values alone: nothing in it is run. Raises ValueError."""
@@ -1519,22 +1490,9 @@ def _load_state(path: Path) -> dict:
         reason = reason.partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged, or no file of weights ({reason}).") from error
 
-def _write_json(path: Path, values: dict) -> None:
-    with _replacing(path) as part:
-        part.write_text(json.dumps(values, indent=1))
-
-def _write_table(path: Path, rows: list[dict[str, float]]) -> None:
-    with _replacing(path) as part:
-        pd.DataFrame(rows).to_csv(part, index=False, na_rep="nan")
-
 def _read_table(path: Path) -> list[dict[str, float]]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    if not rows:
-        raise ValueError(f"{path.name} is empty")
-    return rows
+    table = pd.read_csv(path, dtype=str) if path.exists() else pd.DataFrame()
+    return table.astype(float).to_dict("records")
 
 # ---------- Drive -------------------------------------------------------------------------------------------
 
@@ -1542,8 +1500,7 @@ PATIENCE, LOOK_AGAIN = 120.0, 15.0  # seconds: until Drive counts as hung; betwe
 
 @dataclasses.dataclass
 class _Drive:
-    """The project's folder on Drive, when the files that are there were changed, and what fails at
-    present."""
+    """The project's folder on Drive, when the files that are there were changed, and what fails now."""
     folder: Path
     there: dict[Path, int] = dataclasses.field(default_factory=dict)
     trouble: str = ""
@@ -1619,16 +1576,13 @@ def _copy(source: Path, target: Path) -> None:
 def fetch(name: AnyPath) -> Path:
     """The place of a file or folder in the workspace, after what is newer on Drive was brought there. Where
     Drive fails or hangs, a line says so."""
-    local, brought, trouble = workspace(), Future(), "it hangs"
+    local, brought = workspace(), []
     if drive := _drive(local):
-
-        def bring() -> None:
-            brought.set_result(_copy_newer(drive.folder, local, drive, {}, name))
-
-        threading.Thread(target=bring, daemon=True).start()
-        with contextlib.suppress(TimeoutError):
-            trouble = brought.result(PATIENCE)
-        if trouble:
+        bring = functools.partial(_copy_newer, drive.folder, local, drive, {}, name)
+        thread = threading.Thread(target=lambda: brought.append(bring()), daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        if trouble := (brought or ["it hangs"])[0]:
             print(f"Google Drive does not give {name} ({trouble}). Goes on with what is here.")
     return local / name
 
@@ -1667,7 +1621,8 @@ def load_model(weights: AnyPath = "") -> nn.Module:
         if {key: value.shape for key, value in model.state_dict().items()} == shapes:
             model = model.to_empty(device=DEVICE).to(memory_format=torch.channels_last)
             model.load_state_dict(state)
-            model.name, model.size, model.tasks = name, config.size if config else 192, _tasks(config)
+            model.name, model.size = name, config.size if config else 192
+            model.tasks = config.tasks if config else KINDS[2:]
             return model.eval()
     what = f"{config.model}, as {beside} says" if config else f"a known network: {', '.join(MODELS)}"
     raise ValueError(f"{path} holds no weights of {what}.")
@@ -1788,9 +1743,8 @@ def show_samples(ds: ZipDataset, indices: Sequence[int]) -> Figure:
     rows = [[_cell(sample, kind, sample["name"]) for sample in samples] for kind in ds.kinds]
     return _draw(rows, [TITLES.get(kind, kind) for kind in ds.kinds])
 
-def show_predictions(
-    model: nn.Module, ds: ZipDataset, indices: Sequence[int], precision: str = "auto"
-) -> Figure:
+def show_predictions(model: nn.Module, ds: ZipDataset, indices: Sequence[int],
+                     precision: str = "auto") -> Figure:
     """A row a sample: the two inputs; for each task the truth, the prediction and the absolute error."""
     samples = _predictions(model, ds, indices, precision)
     kinds = ["bg", "fg_bg", "mask", "mask_predicted", "mask_error", "depth", "depth_predicted", "depth_error"]
@@ -1833,11 +1787,9 @@ def plot_history(runs: dict[str, Run | list], metrics: Sequence[str] = ("loss", 
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
-def results_table(
-    results: dict[str, Results | list[Results]],
-    metrics: Sequence[str] = ("iou", "rmse", "delta1"),
-    cells: Sequence[str] = tuple(PART_COLOURS),
-) -> "pd.io.formats.style.Styler":
+def results_table(results: dict[str, Results | list[Results]],
+                  metrics: Sequence[str] = ("iou", "rmse", "delta1"),
+                  cells: Sequence[str] = tuple(PART_COLOURS)) -> "pd.io.formats.style.Styler":
     """A table for a notebook: a row a run, a column for each test part and metric, the best of a column bold.
     It is given `Run.results`, what `score` gives, or a list, one a seed: then mean ± standard deviation."""
     texts, bold = {}, {}

@@ -101,6 +101,21 @@ def execute(folder, *cells) -> list[str]:
     return ["".join(one.text for one in some) for some in outputs]
 
 
+def test_a_notebook_runs_from_an_empty_folder_and_the_next_machine_finds_its_run(colab, machine, tmp_path):
+    options = "'first', size=16, model='resunet_lite', epochs=1, max_train=16, max_test=4"
+    train = f"from helpers import Config, run, drive_report\nrun(Config({options}))\nprint(drive_report())"
+    where = "import helpers\nprint(helpers.__file__, helpers.workspace())"
+    *_, places, first = execute(machine, *CODE, where, train)
+    assert places.split() == [str(machine / NAME / "helpers.py"), str(machine / NAME / "runs")]
+    assert os.listdir(machine) == [NAME] and (tmp_path / "consent.txt").read_text() == "asked\n"
+    assert "epoch 1  train_loss" in first and "Not there" not in first
+    assert (tmp_path / "drive" / "MyDrive" / "mask-and-depth" / "first" / "results.json").is_file()
+    shutil.rmtree(machine)
+    machine.mkdir()
+    second = execute(machine, SETUP, train)[-1]
+    assert "finished before" in second and "epoch" not in second
+
+
 @pytest.mark.parametrize("error", ["NotImplementedError", "type('MessageError', (Exception,), {})"])
 def test_without_consent_results_stay_local_and_a_line_says_so(colab, machine, tmp_path, error):
     colab(f"raise {error}('no credentials')")

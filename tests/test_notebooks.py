@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from nbclient import NotebookClient
 
 from helpers import MODELS, Config, ZipDataset, load_model, to_float
 
@@ -134,6 +135,15 @@ def test_readme_links_every_notebook_and_what_it_links_exists():
     assert {f"notebooks/{name}" for name in NOTEBOOKS} <= set(links)
     assert [link for link in links if not (ROOT / link).exists()] == []
     assert all(f"/blob/main/notebooks/{name})" in README for name in NOTEBOOKS)
+
+
+def test_cells_may_be_run_twice_and_in_another_order():
+    """Every cell twice in a row; then all but the setup once more, the last one first."""
+    cells = [cell.source for cell in code(NOTEBOOKS["01_data.ipynb"])]
+    order = [cell for cell in cells for _ in (1, 2)] + cells[:0:-1]
+    again = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in order])
+    resources = {"metadata": {"path": ROOT / "notebooks"}}
+    NotebookClient(again, timeout=1200, kernel_name="python3", resources=resources).execute()
 
 
 @pytest.mark.parametrize("value", [
