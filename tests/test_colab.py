@@ -109,7 +109,7 @@ def test_a_notebook_runs_from_an_empty_folder_and_the_next_machine_finds_its_run
     assert places.split() == [str(machine / NAME / "helpers.py"), str(machine / NAME / "runs")]
     assert os.listdir(machine) == [NAME] and (tmp_path / "consent.txt").read_text() == "asked\n"
     assert "epoch 1  train_loss" in first and "Not there" not in first
-    assert (tmp_path / "drive" / "MyDrive" / "mask-and-depth" / "first" / "results.json").is_file()
+    assert (tmp_path / "FAKE_DRIVE" / "MyDrive" / "mask-and-depth" / "first" / "results.json").is_file()
     shutil.rmtree(machine)
     machine.mkdir()
     second = execute(machine, SETUP, train)[-1]
