@@ -1,4 +1,4 @@
-"""How fast notebook 00 draws, on one core. Prints a Markdown table: python tests/benchmarks/make_dataset.py"""
+"""How fast notebook 00 draws, on one core, as a Markdown table: python tests/benchmarks/make_dataset.py"""
 
 import os
 
@@ -13,7 +13,7 @@ import time
 import zipfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 from test_make_dataset import definitions
 
 SIZE = 192
@@ -21,11 +21,8 @@ SIZE = 192
 
 def stages(nb, pairs=60):
     """Milliseconds a picture for each stage."""
-    spent = dict.fromkeys(
-        ("background (one for thousands of samples)", "object in the scene", "noise and JPEG", "two PNGs"), 0.0
-    )
-    background, scene_object, shot, files = spent
-    times = {key: [] for key in spent}
+    stages = "background (one for many samples)", "object in the scene", "noise and JPEG", "two PNGs"
+    times, (background, scene_object, shot, files) = {stage: [] for stage in stages}, stages
 
     def clock(key, function, *args):
         start = time.perf_counter()
@@ -35,16 +32,16 @@ def stages(nb, pairs=60):
 
     backdrops = [clock(background, nb.make_backdrop.__wrapped__, 0, k, SIZE) for k in range(8)]
     for k in range(pairs):
-        rng, backdrop, solids = nb.np.random.default_rng(k), backdrops[k % 8], nb.make_object(0, k)
-        placed = nb.stand(solids, nb.choose_place(backdrop, solids, rng))
-        soft, direct, mask, depth = clock(scene_object, nb.add_object, backdrop, placed)
-        clock(shot, nb.shoot, backdrop, soft, direct, rng)
-        clock(files, lambda pair: [nb.png(picture) for picture in pair], (mask, depth))
+        rng, backdrop, mesh = nb.np.random.default_rng(k), backdrops[k % 8], nb.make_object(0, k)
+        if spot := nb.choose_place(backdrop, mesh, rng):
+            light, mask, depth = clock(scene_object, nb.add_object, backdrop, mesh.placed(*spot), rng)
+            clock(shot, nb.shoot, light, backdrop.exposure, rng)
+            clock(files, lambda pair: [nb.png(picture) for picture in pair], (mask, depth))
     return {key: sum(values) / len(values) for key, values in times.items()}
 
 
 def write(samples, path, results):
-    """Draw two backgrounds' share of a large data set in this process; report rate, bytes and this process's peak memory."""
+    """Draws two backgrounds' share of a large set in this process: rates, bytes, and its peak memory."""
     nb, start, cpu = definitions(), time.perf_counter(), time.process_time()
     made = nb.make_dataset(path, backgrounds=2, objects=25, places=samples // 100, size=SIZE, workers=1)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
@@ -59,7 +56,8 @@ def main():
     for samples in (500, 2000):
         results = mp.get_context("fork").Queue()
         with tempfile.TemporaryDirectory() as folder:
-            process = mp.get_context("fork").Process(target=write, args=(samples, Path(folder) / "a.zip", results))
+            task = {"target": write, "args": (samples, Path(folder) / "a.zip", results)}
+            process = mp.get_context("fork").Process(**task)
             process.start()
             rate, cpu_rate, size, peaks[samples] = results.get()
             process.join()
