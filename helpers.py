@@ -21,6 +21,7 @@ import shutil
 import sys
 import threading
 import time
+import types
 import unicodedata
 import warnings
 import zipfile
@@ -91,11 +92,15 @@ def workspace() -> Path:
 
 def data_zip(path: AnyPath = "") -> Path:
     """The data set to use: `path` if given, else the environment variable DATA_ZIP, else the zip that
-    notebook 00 made in the workspace, else the project's sample. A folder may stand for a zip. From Drive,
-    which is slow, a zip is copied to the local disk. Raises FileNotFoundError."""
+    notebook 00 made in the workspace; where there is none, at full scale one is drawn, at quick scale it is
+    the project's sample. A folder may stand for a zip. From Drive, which is slow, a zip is copied to the
+    local disk. Raises FileNotFoundError."""
     given = str(path) or os.environ.get("DATA_ZIP", "")
     if not given:
         made = fetch("scenes.zip")
+        if SCALE == "full":
+            with filelock.FileLock(made.with_name(".scenes.lock")):  # of several processes one draws
+                _draw_scenes(made)
         return made if made.exists() else ROOT / "assets" / "sample.zip"
     workspace()  # mounts Drive
     found = _found(given, "Give the path of a data set zip, or none for the sample.")
@@ -106,6 +111,19 @@ def data_zip(path: AnyPath = "") -> Path:
         print(f"copying {found.name} from Drive, {found.stat().st_size / 1e9:.1f} GB")
         _copy(found, local)
     return local
+
+DRAWN = {"backgrounds": 320, "objects": 220, "objects_per_background": 32}  # 20,480 samples
+
+def _draw_scenes(path: Path) -> None:
+    """Draws a data set, unless there is one, by the cells of notebook 00 that are tagged "define"."""
+    if path.exists():
+        return
+    print("There is no data set yet: notebook 00 draws one, which takes some minutes.")
+    module = sys.modules["make_dataset"] = types.ModuleType("make_dataset")
+    for cell in json.loads((ROOT / "notebooks" / "00_make_dataset.ipynb").read_text("utf-8"))["cells"]:
+        if "define" in cell["metadata"].get("tags", []):
+            exec("".join(cell["source"]), module.__dict__)
+    module.make_dataset(path, **DRAWN)
 
 def _found(path: AnyPath, remedy: str) -> Path:
     """What is at this path or, as a notebook starts in notebooks/, at this path below the project."""

@@ -343,6 +343,18 @@ def test_data_zip_takes_the_first_of_path_variable_own_and_sample(places, monkey
         data_zip()
 
 
+def test_at_full_scale_a_data_set_is_drawn_where_there_is_none(tmp_path, monkeypatch, capsys):
+    """Once; the next time it is found."""
+    monkeypatch.setenv("WORKSPACE", str(tmp_path))
+    monkeypatch.delenv("DATA_ZIP", raising=False)
+    monkeypatch.setattr(helpers, "SCALE", "full")
+    small = {"backgrounds": 2, "objects": 3, "objects_per_background": 2, "size": 32, "workers": 1}
+    monkeypatch.setattr(helpers, "DRAWN", small)
+    assert helpers.data_zip() == tmp_path / "scenes.zip" and "draws one" in capsys.readouterr().out
+    assert len(ZipDataset(tmp_path / "scenes.zip", 32)) == 2 * 2 * 2
+    assert helpers.data_zip() == tmp_path / "scenes.zip" and capsys.readouterr().out == ""
+
+
 def test_a_relative_path_starts_here_or_at_the_project(places, monkeypatch):
     monkeypatch.chdir(places / "project" / "notebooks")
     assert data_zip("mine.zip").resolve() == places / "project/notebooks/mine.zip"
