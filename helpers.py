@@ -98,9 +98,11 @@ def data_zip(path: AnyPath = "") -> Path:
     given = str(path) or os.environ.get("DATA_ZIP", "")
     if not given:
         made = fetch("scenes.zip")
-        if SCALE == "full":
+        if SCALE == "full" and not made.exists():
             with filelock.FileLock(made.with_name(".scenes.lock")):  # of several processes one draws
-                _draw_scenes(made)
+                if not made.exists():
+                    print("There is no data set yet: notebook 00 draws one, which takes some minutes.")
+                    _drawing().make_dataset(made, **DRAWN)
         return made if made.exists() else ROOT / "assets" / "sample.zip"
     workspace()  # mounts Drive
     found = _found(given, "Give the path of a data set zip, or none for the sample.")
@@ -114,16 +116,14 @@ def data_zip(path: AnyPath = "") -> Path:
 
 DRAWN = {"backgrounds": 320, "objects": 220, "objects_per_background": 32}  # 20,480 samples
 
-def _draw_scenes(path: Path) -> None:
-    """Draws a data set, unless there is one, by the cells of notebook 00 that are tagged "define"."""
-    if path.exists():
-        return
-    print("There is no data set yet: notebook 00 draws one, which takes some minutes.")
+def _drawing() -> types.ModuleType:
+    """What notebook 00's cells tagged "define" define, as a module, where worker processes find it."""
+    path = ROOT / "notebooks" / "00_make_dataset.ipynb"
     module = sys.modules["make_dataset"] = types.ModuleType("make_dataset")
-    for cell in json.loads((ROOT / "notebooks" / "00_make_dataset.ipynb").read_text("utf-8"))["cells"]:
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
         if "define" in cell["metadata"].get("tags", []):
-            exec("".join(cell["source"]), module.__dict__)
-    module.make_dataset(path, **DRAWN)
+            exec(compile("".join(cell["source"]), str(path), "exec"), module.__dict__)
+    return module
 
 def _found(path: AnyPath, remedy: str) -> Path:
     """What is at this path or, as a notebook starts in notebooks/, at this path below the project."""

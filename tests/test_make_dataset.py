@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 import zipfile
 from pathlib import Path
 
@@ -17,23 +16,15 @@ import pytest
 import trimesh
 from PIL import Image
 
+import helpers
+
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "00_make_dataset.ipynb"
 SMALL = {"backgrounds": 2, "objects": 3, "places": 1, "size": 64, "seed": 3}  # 12 samples, two tasks
 
 
-def definitions():
-    """The notebook's cells tagged "define" as a module, where worker processes find its functions."""
-    module = types.ModuleType("make_dataset_notebook")
-    sys.modules[module.__name__] = module
-    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
-        if "define" in cell["metadata"].get("tags", []):
-            exec(compile("".join(cell["source"]), str(NOTEBOOK), "exec"), module.__dict__)
-    return module
-
-
 @pytest.fixture(scope="module")
 def nb():
-    return definitions()
+    return helpers._drawing()
 
 
 @pytest.fixture(scope="module")
@@ -347,10 +338,8 @@ def test_an_exception_in_a_worker_leaves_nothing_behind(nb, tmp_path, monkeypatc
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked on Linux only")
 def test_killed_in_the_midst_leaves_no_zip_and_no_worker_and_a_second_run_is_right(nb, small, tmp_path):
     path = tmp_path / "a.zip"
-    script = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_make_dataset as t; "
-        f"t.definitions().make_dataset({str(path)!r}, **{{**t.SMALL, 'backgrounds': 60}}, workers=2)"
-    )
+    options = SMALL | {"backgrounds": 60, "workers": 2}
+    script = f"import helpers; helpers._drawing().make_dataset({str(path)!r}, **{options})"
     child = subprocess.Popen(
         [sys.executable, "-c", script], cwd=NOTEBOOK.parents[1], stderr=subprocess.DEVNULL
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_make_dataset import definitions, read
+from test_make_dataset import read
 
 import helpers
 
@@ -18,7 +18,7 @@ HIDDEN = (255, 0, 255)  # what the cut-outs hold where they are transparent: it 
 
 @pytest.fixture(scope="module")
 def nb():
-    return definitions()
+    return helpers._drawing()
 
 
 def brightness(pictures):

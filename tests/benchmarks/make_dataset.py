@@ -13,16 +13,16 @@ import time
 import zipfile
 from pathlib import Path
 
-sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
-from test_make_dataset import definitions
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import helpers
 
 SIZE = 192
 
 
 def stages(nb, pairs=60):
     """Milliseconds a picture for each stage."""
-    stages = "background (one for many samples)", "object in the scene", "noise and JPEG", "two PNGs"
-    times, (background, scene_object, shot, files) = {stage: [] for stage in stages}, stages
+    names = "background (one for many samples)", "object in the scene", "noise and JPEG", "two PNGs"
+    times, (background, scene_object, shot, files) = {name: [] for name in names}, names
 
     def clock(key, function, *args):
         start = time.perf_counter()
@@ -42,7 +42,7 @@ def stages(nb, pairs=60):
 
 def write(samples, path, results):
     """Draws two backgrounds' share of a large set in this process: rates, bytes, and its peak memory."""
-    nb, start, cpu = definitions(), time.perf_counter(), time.process_time()
+    nb, start, cpu = helpers._drawing(), time.perf_counter(), time.process_time()
     made = nb.make_dataset(path, backgrounds=2, objects=25, places=samples // 100, size=SIZE, workers=1)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     with zipfile.ZipFile(path) as archive:
@@ -51,7 +51,7 @@ def write(samples, path, results):
 
 
 def main():
-    rows = [(f"{key}, ms", f"{value:.1f}") for key, value in stages(definitions()).items()]
+    rows = [(f"{key}, ms", f"{value:.1f}") for key, value in stages(helpers._drawing()).items()]
     peaks = {}
     for samples in (500, 2000):
         results = mp.get_context("fork").Queue()
