@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import accelerate
+import cv2
 import filelock
 import kornia.augmentation as K
 import matplotlib.pyplot as plt
@@ -553,6 +554,14 @@ def to_float(batch: dict[str, Tensor], device: torch.device | str = "cpu") -> di
     to = functools.partial(Tensor.to, dtype=torch.float32, memory_format=torch.channels_last)
     return {kind: to(p.to(device)) / (1 if kind == "mask" else 255) for kind, p in batch.items()}
 
+def _hash01(text: str) -> float:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") / 2**56
+
+def part_of(ids: np.ndarray, what: str, seed: int = 0) -> np.ndarray:
+    """Where `split` puts each id of a "background" or an "object": 0 training, 1 validation, 2 test."""
+    place = (ids * (5**0.5 - 1) / 2 + _hash01(f"{what} {seed}")) % 1
+    return np.where((ids < 0) | (ids == ids[:1]).all(), 0, np.digitize(place, (0.7, 0.85)))
+
 def split(ds: ZipDataset, by: str = "unseen", seed: int = 0) -> dict[str, np.ndarray]:
     """Divides the samples; gives a dict of index arrays. Raises ValueError for another `by`.
 
@@ -568,15 +577,8 @@ def split(ds: ZipDataset, by: str = "unseen", seed: int = 0) -> dict[str, np.nda
         return dict(zip(("train", "valid", "test"), parts, strict=True))
     _known(by, ("unseen", "image"), "split")
 
-    def hash01(text: str) -> float:
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") / 2**56
-
-    def group(ids: np.ndarray, what: str) -> np.ndarray:
-        place = (ids * (5**0.5 - 1) / 2 + hash01(f"{what} {seed}")) % 1
-        return np.where((ids < 0) | (ids == ids[:1]).all(), 0, np.digitize(place, (0.7, 0.85)))
-
-    bg, fg = group(ds.bg_id, "background"), group(ds.fg_id, "object")  # 0 training, 1 validation, 2 test
-    seen, place = (bg == 0) & (fg == 0), np.array([hash01(f"{ds.name(i)} {seed}") for i in range(len(ds))])
+    bg, fg = part_of(ds.bg_id, "background", seed), part_of(ds.fg_id, "object", seed)
+    seen, place = (bg == 0) & (fg == 0), np.array([_hash01(f"{ds.name(i)} {seed}") for i in range(len(ds))])
     parts = {"train": seen & (place < 0.8), "valid": seen & (place >= 0.8) & (place < 0.9)}
     parts |= {"valid_new": ~seen & (bg < 2) & (fg < 2), "test_seen": seen & (place >= 0.9)}
     parts |= {"test_new_bg": (bg == 2) & (fg == 0), "test_new_fg": (bg == 0) & (fg == 2)}
@@ -1004,23 +1006,50 @@ def measure(mask_logits: Tensor, depth: Tensor, mask_true: Tensor | None, depth_
         values["ssim"] = ssim_per_picture(depth, g)
     return values
 
+def measure_aligned(depth: Tensor, depth_true: Tensor) -> dict[str, Tensor]:
+    """Metrics of a batch of (N, 1, H, W), float32 (N,) each, that do not ask for the scale of depth: after
+    the scale and shift of least squares `aligned_rmse` and `aligned_delta1` (Ranftl et al., 2020); and
+    `rank`, Spearman's correlation."""
+    d, g = depth.flatten(1).double(), depth_true.flatten(1).double()
+
+    def correlation(a: Tensor, b: Tensor) -> Tensor:
+        a, b = (of - of.mean(1, keepdim=True) for of in (a, b))
+        return (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt().clamp_min(1e-12)
+
+    def ranks(values: Tensor) -> Tensor:  # of equal ones the mean
+        ordered = values.sort(1).values
+        places = [torch.searchsorted(ordered, values.contiguous(), right=right) for right in (False, True)]
+        return (places[0] + places[1]).double()
+
+    scale = correlation(d, g) * g.std(1) / d.std(1).clamp_min(1e-12)
+    fitted = g.mean(1, keepdim=True) + (d - d.mean(1, keepdim=True)) * scale[:, None]
+    ratio = torch.maximum(fitted.clamp_min(1e-3) / g, g / fitted.clamp_min(1e-3))
+    within = (ratio < 1.25).double().where(g >= 1 / 255, torch.nan).nanmean(1)
+    values = {"aligned_rmse": (fitted - g).square().mean(1).sqrt(), "aligned_delta1": within}
+    return {name: of.float() for name, of in (values | {"rank": correlation(ranks(d), ranks(g))}).items()}
+
+def opened_difference(bg: Tensor, fg_bg: Tensor) -> Tensor:
+    """The greatest difference of the colours, (N, 1, H, W), without what is narrower than 3 pixels."""
+    eroded = -F.max_pool2d(-(fg_bg.float() - bg.float()).abs().amax(1, keepdim=True), 3, 1, 1)
+    return F.max_pool2d(eroded, 3, 1, 1)
+
 class Baseline(nn.Module):
-    """What needs no network, used like one: the mask is where the pictures differ by more than `threshold`
-    (the most of the colours, in 1/255), the depth is `mean_depth` (1, 1, H, W) whatever they show."""
+    """What needs no network, used like one: the mask is where the `opened_difference` of the pictures is more
+    than `threshold` (in 1/255), the depth is `mean_depth` (1, 1, H, W) whatever they show."""
     def __init__(self, threshold: int, mean_depth: Tensor):
         super().__init__()
         self.threshold = threshold
         self.register_buffer("mean_depth", mean_depth)
 
     def forward(self, bg: Tensor, fg_bg: Tensor) -> tuple[Tensor, Tensor]:
-        difference = 255 * (fg_bg - bg).abs().amax(1, keepdim=True)
+        difference = 255 * opened_difference(bg, fg_bg)
         return difference - self.threshold - 0.5, self.mean_depth.expand(len(bg), -1, -1, -1)
 
 def baselines(ds: ZipDataset, train: np.ndarray) -> Baseline:
     """What every result stands beside: the threshold of best mean IoU and the mean depth of these samples."""
     iou, depth = torch.zeros(256), torch.zeros(1, 1, ds.size, ds.size, dtype=torch.double)  # sums
     for batch in map(ds.batch, np.array_split(train, max(1, len(train) // 256))):
-        differences = (batch["fg_bg"].short() - batch["bg"].short()).abs().amax(1, keepdim=True)
+        differences = opened_difference(batch["bg"], batch["fg_bg"]).short()
         masks = batch.get("mask", torch.zeros_like(differences))
         for difference, mask in zip(differences, masks, strict=True):
             # Up to each threshold: the pixels, and those of the object, which it would miss.
@@ -1682,6 +1711,86 @@ def open_photo(path: AnyPath) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}.") from error
 
+def align_background(bg: np.ndarray, fg_bg: np.ndarray) -> np.ndarray:
+    """`bg` as it would look from where `fg_bg` was taken and in its light, as large as `fg_bg`; what it does
+    not show is taken from `fg_bg`. Both are photos of one place, uint8 (H, W, 3). Of the motions that come
+    into question the one is taken after which the photos differ least; none, unless another is clearly
+    better."""
+    height, width = fg_bg.shape[:2]
+    bg = cv2.resize(bg, (width, height), interpolation=cv2.INTER_AREA)
+    scale, least = min(1, 480 / max(height, width)), np.inf
+    small = [cv2.resize(of, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for of in (bg, fg_bg)]
+
+    def moved(photo: np.ndarray, motion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        there = np.ones_like(photo[..., 0])
+        return [cv2.warpPerspective(of, motion, photo.shape[1::-1]) for of in (photo, there)]
+
+    for k, motion in enumerate(_motions([cv2.cvtColor(of, cv2.COLOR_RGB2GRAY) for of in small])):
+        shown, inside = moved(small[0], motion)
+        gain, bias, difference = _fit_light(shown, small[1], inside > 0)
+        if difference < least and inside.mean() > 0.5:
+            least, best = difference if k else difference / 1.15, (motion, gain, bias)
+    (motion, gain, bias), zoom = best, np.diag([scale, scale, 1])
+    bg, inside = moved(bg, np.linalg.inv(zoom) @ motion @ zoom)
+    curve = (np.arange(256)[:, None] * gain + bias).clip(0, 255).round().astype(np.uint8)
+    return np.where(inside[..., None] > 0, cv2.LUT(bg, curve[None]), fg_bg)
+
+def _motions(grey: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """How the first of two pictures may have moved, (3, 3) each: not at all; by a homography between ORB
+    features (Rublee et al., 2011); by a turn and a shift (ECC: Evangelidis and Psarakis, 2008)."""
+    yield np.eye(3)
+    orb, even = cv2.ORB_create(1000, fastThreshold=8), cv2.createCLAHE(2)
+    (points, words), (others, more) = (orb.detectAndCompute(even.apply(of), None) for of in grey)
+    if min(len(points), len(others)) > 20:
+        pairs = cv2.BFMatcher(cv2.NORM_HAMMING, crossCheck=True).match(words, more)
+        ends = np.float32([[points[pair.queryIdx].pt, others[pair.trainIdx].pt] for pair in pairs])
+        motion, good = cv2.findHomography(ends[:, 0], ends[:, 1], cv2.RANSAC, 2.0)
+        if motion is not None and good.sum() > 20:
+            yield motion
+    try:
+        half, start = map(cv2.pyrDown, grey), np.eye(2, 3, dtype=np.float32)
+        _, motion = cv2.findTransformECC(*half, start, cv2.MOTION_EUCLIDEAN, (3, 40, 1e-4), None, 5)
+        yield np.vstack([motion * [1, 1, 2], [0, 0, 1]])
+    except cv2.error:  # it finds nothing
+        return
+
+def _fit_light(bg: np.ndarray, fg_bg: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Gain and bias of each channel, (3,) each, by which `bg` comes nearest to `fg_bg` in the 60 % of its
+    pixels that fit best, and the mean difference there."""
+    x, y = (cv2.blur(of, (3, 3))[::3, ::3][inside[::3, ::3]].astype(np.float32) for of in (bg, fg_bg))
+    gain, bias, good = np.ones(3), np.zeros(3), np.ones(len(x), bool)
+    for _ in range(4):
+        if not good.any():
+            return gain, bias, np.inf
+        mean, spread = x[good].mean(0), x[good].var(0)
+        gain = ((x[good] - mean) * y[good]).mean(0) / np.maximum(spread, 1e-6)
+        gain = np.where(spread < 16, 1, gain).clip(0.4, 2.5)  # of one colour no gain can be told
+        bias = y[good].mean(0) - gain * mean
+        differences = np.abs(x * gain + bias - y).max(1)
+        good = differences <= np.quantile(differences, 0.6)
+    return gain, bias, float(differences[good].mean())
+
+def _answers(model: nn.Module, bg: np.ndarray, photo: np.ndarray, align: bool) -> dict[str, np.ndarray]:
+    """The mask and the depth of a photo, uint8 (H, W), 255 the object and the far end, as far as the network
+    was trained for them."""
+    bg = align_background(bg, photo) if align else bg
+    answers = predict(model, *(torch.from_numpy(of).permute(2, 0, 1) for of in (bg, photo)))
+    answers = zip(KINDS[2:], (of[0, 0].mul(255).round().byte().cpu().numpy() for of in answers), strict=True)
+    return {task: of for task, of in answers if task in getattr(model, "tasks", KINDS)}
+
+def _save_answers(answers: dict[str, np.ndarray], place: Path, overwrite: bool) -> dict[str, Path]:
+    """Writes `<place>_mask.png` and `<place>_depth.png`; gives their paths."""
+    files = {task: place.with_name(f"{place.name}_{task}.png") for task in answers}
+    if there := [str(file) for file in files.values() if file.exists() and not overwrite]:
+        raise FileExistsError(f"{', '.join(there)}: there already. Give another folder, or overwrite=True.")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for task, file in files.items():
+            Image.fromarray(answers[task]).save(file)
+    except OSError as error:
+        raise OSError(f"{place.parent} cannot be written ({error}). Give another folder.") from error
+    return files
+
 class Prediction(NamedTuple):
     """What `predict_images` gives: its files, None for a task not trained, and a figure."""
     mask_file: Path | None
@@ -1689,35 +1798,63 @@ class Prediction(NamedTuple):
     figure: Figure
 
 def predict_images(weights: AnyPath | nn.Module, bg: AnyPath, image: AnyPath, folder: AnyPath = "",
-                   overwrite: bool = False) -> Prediction:
+                   overwrite: bool = False, align: bool = True) -> Prediction:
     """From two photos, of a place and of the same place with an object, the mask and the depth, by a network
     or the weights of one: `<image>_mask.png` and `<image>_depth.png`, grey, of the image's size, 255 the
     object and the far end, in the folder, by default the image's; over what is there only with `overwrite`.
+    Photos from a hand are first brought into line, unless told not to `align`.
     Raises FileNotFoundError, FileExistsError, OSError where the folder cannot be written, and ValueError for
     what is no picture or no weights, and for photos of different shape."""
     model, image = weights if isinstance(weights, nn.Module) else load_model(weights), Path(image)
-    photos = [torch.from_numpy(open_photo(path)).permute(2, 0, 1) for path in (bg, image)]
-    (bg_height, bg_width), (height, width) = (photo.shape[1:] for photo in photos)
-    if abs(bg_width * height / (bg_height * width) - 1) > 0.02:
+    photos = [open_photo(path) for path in (bg, image)]
+    (bg_height, bg_width), (height, width) = (photo.shape[:2] for photo in photos)
+    if abs(np.log(bg_width * height / (bg_height * width))) > (0.2 if align else 0.02):
         shapes = f"{bg} has {bg_width} x {bg_height} pixels and {image} {width} x {height}"
         raise ValueError(f"{shapes}: not the same view. Take both photos from one place, and cut them alike.")
-    answers = dict(zip(KINDS[2:], predict(model, *photos), strict=True))
-    answers = {task: answers[task][0].cpu() for task in getattr(model, "tasks", KINDS[2:])}
-    files = {task: Path(folder or image.parent) / f"{image.stem}_{task}.png" for task in answers}
-    if there := [str(file) for file in files.values() if file.exists() and not overwrite]:
-        raise FileExistsError(f"{', '.join(there)}: there already. Give another folder, or overwrite=True.")
-    try:
-        for task, file in files.items():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(answers[task][0].mul(255).round().byte().numpy()).save(file)
-    except OSError as error:
-        raise OSError(f"{file.parent} cannot be written ({error}). Give another folder.") from error
+    answers = _answers(model, *photos, align)
+    files = _save_answers(answers, Path(folder or image.parent) / image.stem, overwrite)
     step = max(1, max(height, width) // 800)  # a figure needs no more pixels
-    pictures = {"bg": photos[0], "fg_bg": photos[1], **answers}
-    row = [(TITLES.get(kind, kind), kind, of[:, ::step, ::step], "") for kind, of in pictures.items()]
+    pictures = {"bg": photos[0], "fg_bg": photos[1]} | {task: of[..., None] for task, of in answers.items()}
+    row = [(TITLES.get(kind, kind), kind, torch.from_numpy(of[::step, ::step] / 255).permute(2, 0, 1), "")
+           for kind, of in pictures.items()]
     figure = _draw([row])
     plt.close(figure)  # else pyplot would keep it
     return Prediction(files.get("mask"), files.get("depth"), figure)
+
+def predict_folder(weights: AnyPath | nn.Module, bg: AnyPath, source: AnyPath, folder: AnyPath,
+                   overwrite: bool = False, align: bool = True) -> Path:
+    """What `predict_images` writes, for every photo of a folder or every frame of a video; and a video in
+    which the object is red: its path. One picture is in memory at a time. Raises as `predict_images` does."""
+    model, background = weights if isinstance(weights, nn.Module) else load_model(weights), open_photo(bg)
+    source, film = _found(source, "Give a folder of photos, or a video."), Path(folder) / "overlay.mp4"
+    if film.exists() and not overwrite:
+        raise FileExistsError(f"{film}: there already. Give another folder, or overwrite=True.")
+    video = None
+    for name, photo in tqdm(_shots(source), unit="picture", file=sys.stdout, leave=False):
+        answers = _answers(model, background, photo, align)
+        _save_answers(answers, film.with_name(name), overwrite)
+        if video is None:
+            size = photo.shape[1] // 2 * 2, photo.shape[0] // 2 * 2
+            video = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"mp4v"), 12, size)
+        red = answers.get("mask", np.zeros_like(photo[..., 0]))[..., None] > 0
+        shown = np.where(red, photo // 2 + np.uint8([127, 0, 0]), photo)
+        video.write(cv2.cvtColor(cv2.resize(shown, size), cv2.COLOR_RGB2BGR))
+    if video is None:
+        raise ValueError(f"{source} holds no photo and is no video. Give a folder of photos, or an .mp4.")
+    video.release()
+    return film
+
+def _shots(source: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The photos in a folder, or the frames of a video, one after the other, with a name for each."""
+    photos = sorted(source.iterdir()) if source.is_dir() else ()
+    for path in (path for path in photos if path.is_file() and path.name[0] != "."):
+        yield path.stem, open_photo(path)
+    frames = cv2.VideoCapture(str(source)) if source.is_file() else None
+    for number in itertools.count(1) if frames else ():
+        read, frame = frames.read()
+        if not read:
+            return
+        yield f"frame_{number:06}", cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 # ---------- Pictures ----------------------------------------------------------------------------------------
 

@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from skimage.metrics import structural_similarity
+from skimage.morphology import opening
 from torchmetrics.functional.classification import binary_accuracy, binary_f1_score, binary_jaccard_index
 
-from helpers import ZipDataset, baselines, evaluate, measure, score, to_float
+from helpers import ZipDataset, baselines, evaluate, measure, measure_aligned, score, to_float
 
 MASK_METRICS = ["iou", "dice", "pixel_accuracy", "mask_area"]
 DEPTH_METRICS = ["rmse", "mae", "abs_rel", "log10", "delta1", "delta2", "delta3", "ssim"]
@@ -135,6 +137,28 @@ def test_pictures_smaller_than_the_window_of_ssim_are_refused():
         measure(*torch.rand(4, 1, 1, 10, 16))
 
 
+def test_aligned_metrics_are_those_of_a_fitted_line_and_of_ranks(batch):
+    _, depth, _, depth_true = batch
+    depth_true = (depth_true * 20).round() / 20  # with equal values, whose ranks are shared
+    values = {name: of.numpy() for name, of in measure_aligned(depth, depth_true).items()}
+    pairs = zip(*(of.flatten(1).double().numpy() for of in (depth, depth_true)), strict=True)
+    for i, (d, g) in enumerate(pairs):
+        fitted, far = np.polyval(np.polyfit(d, g, 1), d), g > 0
+        assert values["aligned_rmse"][i] == pytest.approx(np.sqrt(np.mean((fitted - g) ** 2)), rel=1e-5)
+        ratio = np.maximum(fitted[far] / g[far], g[far] / np.maximum(fitted[far], 1e-3))
+        assert values["aligned_delta1"][i] == pytest.approx((ratio < 1.25).mean(), abs=1e-6)
+        assert values["rank"][i] == pytest.approx(spearmanr(d, g).statistic, abs=1e-6)
+
+
+def test_alignment_forgives_a_scale_and_a_shift_and_rank_any_curve_that_rises():
+    true = torch.rand(2, 1, 16, 16)
+    perfect = measure_aligned(0.3 * true + 0.2, true)
+    assert perfect["aligned_rmse"].max() < 1e-6 and perfect["aligned_delta1"].min() == 1
+    assert measure_aligned(true**3, true)["rank"].min() == pytest.approx(1)
+    flat = measure_aligned(torch.ones_like(true), true)["aligned_rmse"]
+    assert flat == pytest.approx(true.std((1, 2, 3), correction=0))
+
+
 # Baselines
 
 
@@ -149,7 +173,9 @@ def fitted(sample):
 def test_the_baselines_are_the_best_of_all_thresholds_and_the_mean_depth(fitted):
     ds, train, baseline = fitted
     batch = {kind: pictures.numpy().astype(int) for kind, pictures in ds.batch(train).items()}
-    difference, mask = np.abs(batch["fg_bg"] - batch["bg"]).max(1), batch["mask"][:, 0] == 1
+    difference = np.abs(batch["fg_bg"] - batch["bg"]).max(1)
+    difference = np.stack([opening(of, np.ones((3, 3))) for of in difference])
+    mask = batch["mask"][:, 0] == 1
     means = []
     for threshold in range(256):
         predicted = difference > threshold
@@ -168,8 +194,8 @@ def test_the_baselines_are_the_best_of_all_thresholds_and_the_mean_depth(fitted)
 def test_the_mask_is_exactly_the_thresholded_difference(fitted, threshold):
     """For every pair of levels: no rounding of 1/255 may move a pixel over the threshold."""
     baseline = type(fitted[2])(threshold, fitted[2].mean_depth.cpu())
-    levels = torch.arange(256, dtype=torch.uint8)
-    bg, fg_bg = levels[:, None].expand(256, 256), levels[None].expand(256, 256)
+    levels = torch.arange(256, dtype=torch.uint8).repeat_interleave(3)  # as wide as what an opening leaves
+    bg, fg_bg = levels[:, None].expand(768, 768), levels[None].expand(768, 768)
     batch = to_float({"bg": bg.expand(1, 3, -1, -1), "fg_bg": torch.stack([fg_bg, bg, bg])[None]})
     mask_logits, depth = baseline(batch["bg"], batch["fg_bg"])
     assert torch.equal(mask_logits[0, 0] > 0, (fg_bg.int() - bg.int()).abs() > threshold)

@@ -4,14 +4,16 @@ import os
 import tempfile
 from pathlib import Path
 
+import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torch import nn
 
-from helpers import MODELS, Config, load_model, predict, predict_images
+from helpers import MODELS, Config, align_background, load_model, predict, predict_folder, predict_images
 
 GOOD = torch.full((1, 3, 20, 30), 0.5)
 
@@ -206,10 +208,10 @@ def test_photos_of_unlike_shapes_are_refused_and_files_have_the_size_of_the_imag
         save(image, ramp(height, width))
         prediction = predict_images(StandIn(), bg, image, new, overwrite=True)
         assert [picture.shape for picture in read(prediction)] == [(height, width)] * 2
-    for height, width in ((103, 100), (100, 103), (5, 7)):
+    for height, width, align in ((103, 100, False), (100, 103, False), (5, 7, True)):
         save(image, ramp(height, width))
         with pytest.raises(ValueError, match=f"100 x 100 pixels .* {width} x {height}: not the same view"):
-            predict_images(StandIn(), bg, image)
+            predict_images(StandIn(), bg, image, align=align)
 
 
 @pytest.mark.parametrize("kind", ["mask", "depth"])
@@ -258,3 +260,134 @@ def test_the_figure_shows_the_photos_and_the_predictions_and_none_stays_open(tmp
         shown = axis.images[0].get_array()
         np.testing.assert_allclose(shown * (255 if shown.max() <= 1 else 1), picture, atol=0.51)
     assert plt.get_fignums() == before
+
+
+# From a hand, and many at once
+
+
+def place(height=300, width=400):
+    """A photo with much to see at all scales: uint8 (H, W, 3)."""
+    rng, picture = np.random.default_rng(0), np.zeros((height, width, 3))
+    for cells in (4, 12, 40, 100):
+        coarse = rng.uniform(-1, 1, (cells, cells, 3)).astype(np.float32)
+        picture += cv2.resize(coarse, (width, height), interpolation=cv2.INTER_NEAREST) / cells**0.3
+    return (110 + 45 * picture).clip(0, 255).astype(np.uint8)
+
+
+def with_object(photo):
+    """The photo with a plain disk in it, and where that is."""
+    height, width = photo.shape[:2]
+    y, x = np.mgrid[:height, :width]
+    disk = (y - 0.6 * height) ** 2 + (x - 0.4 * width) ** 2 < (0.2 * height) ** 2
+    return np.where(disk[..., None], np.uint8([230, 40, 30]), photo), disk
+
+
+def shot(photo, angle=0.0, shift=(0, 0), zoom=1.0):
+    """The photo from a camera that is turned by degrees, moved by pixels, nearer."""
+    picture = torch.from_numpy(photo).permute(2, 0, 1)
+    moved = TF.affine(picture, angle, list(shift), zoom, [0.0, 0.0], TF.InterpolationMode.BILINEAR)
+    return moved.permute(1, 2, 0).numpy()
+
+
+MOVED = {"turned": {"angle": 3}, "shifted": {"shift": (17, -11)}, "both": {"angle": -2, "shift": (9, 14)},
+         "nearer": {"zoom": 1.06, "shift": (5, 0)}}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", MOVED)
+def test_a_moved_and_relit_background_is_brought_back(how):
+    photo = place()
+    fg_bg, disk = with_object(photo)
+    bg = (shot(photo, **MOVED[how]) * np.array([0.6, 0.65, 0.7])).round().astype(np.uint8)
+    aligned = align_background(bg, fg_bg)
+    before, after = (np.abs(of.astype(int) - fg_bg)[~disk].mean() for of in (bg, aligned))
+    assert before > 30 and after < before / 6
+    assert np.abs(aligned.astype(int) - fg_bg)[disk].mean() > 40  # the object is not explained away
+
+
+def test_a_background_that_fits_stays_as_it_is():
+    photo = place()
+    assert np.abs(align_background(photo, with_object(photo)[0]).astype(int) - photo).max() <= 1
+    plain = np.full((90, 120, 3), 90, np.uint8)  # no features, no texture
+    assert (align_background(plain, with_object(plain)[0]) == plain).all()
+
+
+def test_a_smaller_and_differently_cut_background_will_do():
+    photo = place()
+    fg_bg, disk = with_object(photo)
+    bg = np.asarray(Image.fromarray(photo[6:, 14:]).resize((300, 230), Image.Resampling.LANCZOS))
+    aligned = align_background(bg, fg_bg)
+    assert aligned.shape == fg_bg.shape and np.abs(aligned.astype(int) - fg_bg)[~disk].mean() < 12
+
+
+def test_predict_images_aligns_unless_told_not_to(tmp_path):
+    photo = place()
+    fg_bg, disk = with_object(photo)
+    for name, picture in (("bg.png", shot(photo, 2.5)), ("a.png", fg_bg)):
+        Image.fromarray(picture).save(tmp_path / name)
+    wrong = []
+    for align in (True, False):
+        photos = tmp_path / "bg.png", tmp_path / "a.png"
+        found = predict_images(StandIn(), *photos, tmp_path / str(align), align=align)
+        wrong.append(((read(found)[0] > 0) != disk).mean())
+    assert wrong[0] < 0.1 < wrong[1]
+
+
+def scenes(folder, count=5):
+    """A background, and a folder of photos in which a disk wanders: their paths, and the disks."""
+    (folder / "photos").mkdir()
+    photo, disks = place(120, 160), []
+    Image.fromarray(photo).save(folder / "bg.png")
+    for number in range(count):
+        picture, disk = with_object(np.roll(photo, 8 * number, 1))
+        disks.append(np.roll(disk, -8 * number, 1))
+        Image.fromarray(np.roll(picture, -8 * number, 1)).save(folder / "photos" / f"{number}.png")
+    return folder / "bg.png", folder / "photos", disks
+
+
+def frames(path):
+    video = cv2.VideoCapture(str(path))
+    return [frame for read, frame in iter(video.read, (False, None)) if read]
+
+
+def test_a_folder_of_photos_gives_what_each_alone_gives_and_a_video(tmp_path):
+    bg, photos, disks = scenes(tmp_path)
+    film = predict_folder(StandIn(), bg, photos, tmp_path / "out")
+    names = {f"{n}_{kind}.png" for n in range(5) for kind in ("mask", "depth")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"overlay.mp4"}
+    for number, disk in enumerate(disks):
+        alone = predict_images(StandIn(), bg, photos / f"{number}.png", tmp_path / "alone")
+        for file in alone[:2]:
+            assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+        assert ((read(alone)[0] > 0) != disk).mean() < 0.02
+    shown = frames(film)
+    assert len(shown) == 5 and shown[0].shape == (120, 160, 3)
+    for frame, disk in zip(shown, disks, strict=True):
+        assert frame[disk].mean(0)[2] > 150 > 100 > frame[disk].mean(0)[0]  # OpenCV's order: blue, green, red
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        predict_folder(StandIn(), bg, photos, tmp_path / "out")
+    predict_folder(StandIn(), bg, photos, tmp_path / "out", overwrite=True)
+
+
+def test_a_video_gives_a_mask_and_a_depth_for_each_frame(tmp_path):
+    bg, photos, disks = scenes(tmp_path)
+    video = cv2.VideoWriter(str(tmp_path / "film.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 10, (160, 120))
+    for number in range(5):
+        video.write(cv2.imread(str(photos / f"{number}.png")))
+    video.release()
+    film = predict_folder(StandIn(), bg, tmp_path / "film.mp4", tmp_path / "out")
+    assert len(frames(film)) == 5
+    for number, disk in enumerate(disks, 1):
+        mask = np.array(Image.open(tmp_path / "out" / f"frame_{number:06}_mask.png")) > 0
+        assert (mask & disk).sum() / (mask | disk).sum() > 0.7
+
+
+def test_what_is_no_folder_of_photos_and_no_video_is_said(tmp_path):
+    bg, photos, _ = scenes(tmp_path)
+    (tmp_path / "notes.mp4").write_text("notes")
+    (tmp_path / "empty").mkdir()
+    for source in ("notes.mp4", "empty"):
+        with pytest.raises(ValueError, match=f"{source} holds no photo and is no video"):
+            predict_folder(StandIn(), bg, tmp_path / source, tmp_path / "out")
+    (photos / "notes.txt").write_text("notes")
+    with pytest.raises(ValueError, match=r"notes\.txt cannot be read as a picture"):
+        predict_folder(StandIn(), bg, photos, tmp_path / "out")
