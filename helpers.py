@@ -103,7 +103,9 @@ def data_zip(path: AnyPath = "") -> Path:
             with filelock.FileLock(made.with_name(".scenes.lock")):  # of several processes one draws
                 if not made.exists():
                     print("There is no data set yet: notebook 00 draws one, which takes some minutes.")
-                    _drawing().make_dataset(made, **DRAWN)
+                    nb = _drawing()
+                    size = nb.backgrounds, nb.objects, nb.places, nb.size
+                    nb.make_dataset(made, *size, nb.seed, nb.objects_per_background)
         return made if made.exists() else ROOT / "assets" / "sample.zip"
     workspace()  # mounts Drive
     found = _found(given, "Give the path of a data set zip, or none for the sample.")
@@ -114,8 +116,6 @@ def data_zip(path: AnyPath = "") -> Path:
         print(f"copying {found.name} from Drive, {found.stat().st_size / 1e9:.1f} GB")
         _copy(found, local)
     return local
-
-DRAWN = {"backgrounds": 320, "objects": 220, "objects_per_background": 32}  # 20,480 samples
 
 def _drawing() -> types.ModuleType:
     """What notebook 00's cells tagged "define" define, as a module, where worker processes find it."""
@@ -1073,13 +1073,18 @@ def jitter_colours(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch | dict(zip(("bg", "fg_bg"), both.chunk(2, 2), strict=True))
 
 def shake(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What happens between two shots from a hand, each to three samples in ten: bg moves by up to 2.5 pixels
-    of 192, its light and colours change, a soft shadow falls on fg_bg, both get noise and JPEG. Else all is
-    object where the background is slightly off (Lin et al., Background Matting V2, 2020)."""
-    bg = K.RandomAffine(0, (2.5 / 192, 2.5 / 192), padding_mode="border", p=0.3)(batch["bg"])
-    bg = K.ColorJitter(0.14, 0.0, 0.1, 0.01, p=0.3)(bg)
+    """What happens between two shots from a hand, each to some samples: bg moves by up to 2.5 pixels of 192,
+    seldom by 8 and 3 degrees; its light changes by up to 40 %, its colours from warm to cold by 20 %; a soft
+    shadow falls on fg_bg; both get blur, noise and JPEG. Else all is object where the background is slightly
+    off (Lin et al., Background Matting V2, 2020)."""
+    bg, draw = batch["bg"], torch.rand(2, len(batch["bg"]), 1, 1, 1, device=batch["bg"].device)
+    for degrees, pixels, p in ((1.0, 2.5, 0.3), (3.0, 8.0, 0.1)):
+        bg = K.RandomAffine(degrees, (pixels / 192, pixels / 192), padding_mode="border", p=p)(bg)
+    bg = K.ColorJitter(0.4, 0.0, 0.1, 0.01, p=0.3)(bg)
+    bg = bg * (1 + (draw[0] < 0.3) * (0.2 * draw[1] - 0.1) * bg.new_tensor([1, 0, -1]).view(3, 1, 1))
     fg_bg = K.RandomGaussianIllumination((0.1, 0.3), (0.1, 0.4), sign=(-1.0, -1.0), p=0.3)(batch["fg_bg"])
-    for spoil in (K.RandomGaussianNoise(0.0, 0.02, p=0.3), K.RandomJPEG((25.0, 95.0), p=0.3)):
+    blur = K.RandomGaussianBlur((5, 5), (0.2, 1.0), p=0.2)
+    for spoil in (blur, K.RandomGaussianNoise(0.0, 0.02, p=0.3), K.RandomJPEG((25.0, 95.0), p=0.3)):
         bg, fg_bg = spoil(bg).clamp(0, 1), spoil(fg_bg).clamp(0, 1)
     return batch | {"bg": bg, "fg_bg": fg_bg}
 

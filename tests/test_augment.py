@@ -92,14 +92,14 @@ def test_colour_leaves_grey_pictures_grey():
 
 
 def test_shake_leaves_mask_and_depth_alone_and_changes_each_picture_by_itself():
-    """Each change meets three samples in ten; four of them can meet a background, three a picture."""
+    """A blur meets two samples in ten, a wide move one, any other change three."""
     batch = some(400, 16, 16)
     batch["fg_bg"] = batch["bg"]
     found = augmented("shake", batch)
     assert same(found["mask"], batch["mask"]).all() and same(found["depth"], batch["depth"]).all()
-    for kind, changes in (("bg", 4), ("fg_bg", 3)):
+    for kind, untouched in (("bg", 0.7**5 * 0.8 * 0.9), ("fg_bg", 0.7**3 * 0.8)):
         share = (~same(found[kind], batch[kind])).float().mean().item()
-        assert share == pytest.approx(1 - 0.7**changes, abs=0.08)
+        assert share == pytest.approx(1 - untouched, abs=0.08)
     assert (~same(found["bg"], found["fg_bg"])).float().mean() > 0.5
     assert (found["fg_bg"] - batch["fg_bg"]).abs().mean() < 0.15  # changed, and not beyond recognition
 

@@ -348,8 +348,9 @@ def test_at_full_scale_a_data_set_is_drawn_where_there_is_none(tmp_path, monkeyp
     monkeypatch.setenv("WORKSPACE", str(tmp_path))
     monkeypatch.delenv("DATA_ZIP", raising=False)
     monkeypatch.setattr(helpers, "SCALE", "full")
-    small = {"backgrounds": 2, "objects": 3, "objects_per_background": 2, "size": 32, "workers": 1}
-    monkeypatch.setattr(helpers, "DRAWN", small)
+    nb = helpers._drawing()
+    vars(nb).update(backgrounds=2, objects=3, objects_per_background=2, size=32)
+    monkeypatch.setattr(helpers, "_drawing", lambda: nb)
     assert helpers.data_zip() == tmp_path / "scenes.zip" and "draws one" in capsys.readouterr().out
     assert len(ZipDataset(tmp_path / "scenes.zip", 32)) == 2 * 2 * 2
     assert helpers.data_zip() == tmp_path / "scenes.zip" and capsys.readouterr().out == ""
