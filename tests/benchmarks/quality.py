@@ -5,7 +5,9 @@ Each network is trained from each seed on each zip, with one recipe, in as many 
 Numbers are means over the zips, ± the standard deviation over the seeds, on new backgrounds with new objects;
 the last columns are IoUs where `bg` is moved, its light changed, both saved as JPEG, and all three. With
 --parts the rows are the first network with parts of the recipe changed, on validation samples of new scenes.
-With --weights FILE nothing is trained: they are measured on all samples of each zip.
+With --weights FILE nothing is trained: they are measured on all samples of each zip, beside what needs no
+network, the opened difference with the mean depth map and with a vertical ramp for depth; a ZIP may then also
+be a folder of pairs by real cameras, NAME_bg.jpg, NAME_fg.jpg, and NAME_mask.png in which 128 is not counted.
 """
 
 import argparse
@@ -15,10 +17,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
-from torchvision.transforms.v2.functional import jpeg, pad
+from torchvision.transforms.v2.functional import affine, center_crop, jpeg, pad
 
 import helpers
-from helpers import MODELS, Config, ZipDataset, baselines, evaluate, load_model, parts_of, run
+from helpers import (
+    MODELS,
+    Config,
+    ZipDataset,
+    align_background,
+    baselines,
+    evaluate,
+    load_model,
+    parts_of,
+    run,
+)
 
 helpers.DEPTH_LOSSES["with_ratios"] = lambda d, g: helpers.l1_ssim_gradient(d, g) + 0.3 * helpers.silog(d, g)
 RECIPE = {"batch_size": 16, "lr": 2e-3, "weight_decay": 0.05, "depth_loss": "l1_ssim_gradient",
@@ -60,6 +72,104 @@ class ByHand:
         return [jpeg(of, 30) for of in (bg, fg_bg)] if self.how in ("JPEG 30", "all three") else [bg, fg_bg]
 
 
+HANDS = {"8 px": (8, 0, 1.0), "3°": (0, 3, 1.0), "-40 % light": (0, 0, 0.6)}  # of 192 pixels; degrees; share
+
+
+class Aligned:
+    """As if taken by hand, and brought into line: `bg` moved, turned, or darker."""
+
+    def __init__(self, ds, how):
+        self.ds, (self.pixels, self.degrees, self.light) = ds, HANDS[how]
+
+    def batch(self, indices):
+        batch, rng = self.ds.batch(indices), np.random.default_rng(0)
+        aligned = [self.another(*pair, rng) for pair in zip(batch["bg"], batch["fg_bg"], strict=True)]
+        return batch | {"bg": torch.stack(aligned)}
+
+    def another(self, bg, fg_bg, rng):
+        size, way, sign = bg.shape[1], rng.uniform(0, 2 * np.pi), rng.choice([-1, 1])
+        shift = [size / 192 * self.pixels * of for of in (np.cos(way), np.sin(way))]
+        wider = pad(bg, size // 6, padding_mode="reflect").float()
+        wider = affine(wider, float(sign * self.degrees), shift, 1.0, [0.0, 0.0], 2)  # bilinear
+        bg = (center_crop(wider, [size, size]) * self.light).round().clamp(0, 255).byte()
+        bg, fg_bg = (of.permute(1, 2, 0).numpy() for of in (bg, fg_bg))
+        return torch.from_numpy(align_background(bg, fg_bg)).permute(2, 0, 1)
+
+
+class Ramp(torch.nn.Module):
+    """Depth that grows from the bottom to the top, whatever the pictures show; the mask of a baseline."""
+
+    def __init__(self, baseline):
+        super().__init__()
+        self.baseline = baseline
+
+    def forward(self, bg, fg_bg):
+        height = bg.shape[2]
+        ramp = torch.linspace(1, 0, height).view(1, 1, height, 1)
+        return self.baseline(bg, fg_bg)[0], ramp.expand_as(bg[:, :1])
+
+
+def nearer(model, ds, indices):
+    """The share of samples in which the object is nearer than what the network sees there without it."""
+    shares = []
+    for part in np.array_split(indices, max(1, len(indices) // 32)):
+        batch = helpers.to_float(ds.batch(part))
+        with torch.no_grad():
+            after, before = (model(batch["bg"], batch[of])[1] for of in ("fg_bg", "bg"))
+        shares.append((((before - after) * batch["mask"]).sum((1, 2, 3)) > 0).float().mean())
+    return float(np.mean(shares))
+
+
+def weights_row(label, model, ds, indices):
+    """IoU, RMSE, delta1; RMSE, delta1 and rank after alignment; nearer; IoUs of what was taken by hand."""
+    values, aligned = evaluate(model, ds, indices), []
+    for part in np.array_split(indices, max(1, len(indices) // 32)):
+        batch = helpers.to_float(ds.batch(part))
+        with torch.no_grad():
+            aligned.append(helpers.measure_aligned(model(batch["bg"], batch["fg_bg"])[1], batch["depth"]))
+    found = [values[name].mean() for name in ("iou", "rmse", "delta1")]
+    found += [torch.cat([of[name] for of in aligned]).mean() for name in aligned[0]] + [
+        nearer(model, ds, indices)
+    ]
+    found += [evaluate(model, Aligned(ds, how), indices)["iou"].mean() for how in HANDS]
+    print("|", " | ".join([label, *(f"{of:.3f}" for of in found)]), "|")
+
+
+def captured(folder, model):
+    """The mean IoU of the pairs in a folder, as they are and brought into line."""
+    ious = []
+    for path in sorted(Path(folder).glob("*_mask.png")):
+        mask = np.asarray(helpers.Image.open(path).convert("L"))
+        stem = path.name.removesuffix("_mask.png")
+        bg, fg_bg = (helpers.open_photo(path.with_name(f"{stem}_{of}.jpg")) for of in ("bg", "fg"))
+        for photo in (bg, align_background(bg, fg_bg)):
+            pair = (torch.from_numpy(of).permute(2, 0, 1) for of in (photo, fg_bg))
+            predicted, counted = helpers.predict(model, *pair)[0][0, 0].numpy() > 0, mask != 128
+            both, either = predicted & (mask > 128) & counted, (predicted | (mask > 128)) & counted
+            ious.append(both.sum() / max(either.sum(), 1))
+    return np.reshape(ious, (-1, 2)).mean(0)
+
+
+def measure_weights(weights, paths, most=300):
+    """The table of --weights."""
+    head = ["", "IoU", "RMSE", "δ < 1.25", "aligned RMSE", "aligned δ", "rank", "nearer", *HANDS]
+    print(f"{helpers.environment()}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    model, found = load_model(weights), {}
+    for path in (path for path in paths if not Path(path).is_dir()):
+        ds, name = ZipDataset(path, model.size), Path(path).stem
+        some = np.random.default_rng(0).permutation(len(ds))[:most]
+        found[name] = baselines(ds, parts_of(Config("any"), ds)["train"])
+        weights_row(f"{name}: difference, mean depth", found[name], ds, some)
+        weights_row(f"{name}: difference, ramp", Ramp(found[name]), ds, some)
+        weights_row(f"{name}: network", model, ds, some)
+    print("\n| pairs by real cameras | IoU as they are | brought into line |\n|---|---|---|")
+    for folder in (path for path in paths if Path(path).is_dir()):
+        for name, of in (
+            {f"difference, threshold of {name}": of for name, of in found.items()} | {"network": model}
+        ).items():
+            print("|", " | ".join([name, *(f"{iou:.3f}" for iou in captured(folder, of))]), "|")
+
+
 def numbers(model, ds, indices):
     """IoU, RMSE, delta1 on these samples, and the IoU of each way to take them by hand."""
     values = evaluate(model, ds, indices)
@@ -94,16 +204,11 @@ def main():
     parser.add_argument("--parts", nargs="*", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--weights", help="measured as they are; nothing is trained")
     given = parser.parse_args()
+    if given.weights is not None:
+        measure_weights(given.weights, given.zips)
+        return
     head = " | ".join(["", "IoU", "RMSE", "δ < 1.25", *SHOTS])
     print(f"{helpers.environment()}\n\n| {head} |\n|{'---|' * 8}")
-    if given.weights is not None:
-        model = load_model(given.weights)
-        for path in given.zips:
-            ds = ZipDataset(path, model.size)
-            baseline, name = baselines(ds, parts_of(Config("any"), ds)["train"]), Path(path).stem
-            show(f"{name}: no network", [[numbers(baseline, ds, np.arange(len(ds)))]])
-            show(name, [[numbers(model, ds, np.arange(len(ds)))]])
-        return
     part, rows = "test_new_both", {name: {"model": name} for name in given.models}
     if given.parts is not None:
         part, first = "valid_new", {"model": given.models[0]}
