@@ -1727,8 +1727,9 @@ def align_background(bg: np.ndarray, fg_bg: np.ndarray) -> np.ndarray:
     small = [cv2.resize(of, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for of in (bg, fg_bg)]
 
     def moved(photo: np.ndarray, motion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        there = np.ones_like(photo[..., 0])
-        return [cv2.warpPerspective(of, motion, photo.shape[1::-1]) for of in (photo, there)]
+        size, there = photo.shape[1::-1], np.ones_like(photo[..., 0])
+        shown = cv2.warpPerspective(photo, motion, size, borderMode=cv2.BORDER_REPLICATE)
+        return shown, cv2.warpPerspective(there, motion, size)
 
     for k, motion in enumerate(_motions([cv2.cvtColor(of, cv2.COLOR_RGB2GRAY) for of in small])):
         shown, inside = moved(small[0], motion)
