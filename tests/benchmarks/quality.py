@@ -5,7 +5,7 @@ Each network is trained from each seed on each zip, with one recipe, in as many 
 Numbers are means over the zips, ± the standard deviation over the seeds, on new backgrounds with new objects;
 the last columns are IoUs where `bg` is moved, its light changed, both saved as JPEG, and all three. With
 --parts the rows are the first network with parts of the recipe changed, on validation samples of new scenes.
-With --weights FILE nothing is trained: they are measured on 100 samples of each zip, beside two ways that need
+With --weights FILE nothing is trained: they are measured on 100 samples a zip, beside two ways that need
 no network, the opened difference with the mean depth map and with a vertical ramp. A ZIP may then also be a
 folder of pairs by real cameras: NAME_bg.jpg, NAME_fg.jpg, and NAME_mask.png, in which 128 is not counted.
 """
