@@ -1008,8 +1008,8 @@ def measure(mask_logits: Tensor, depth: Tensor, mask_true: Tensor | None, depth_
 
 def measure_aligned(depth: Tensor, depth_true: Tensor) -> dict[str, Tensor]:
     """Metrics of a batch of (N, 1, H, W), float32 (N,) each, that do not ask for the scale of depth: after
-    the scale and shift of least squares `aligned_rmse` and `aligned_delta1` (Ranftl et al., 2020); and
-    `rank`, Spearman's correlation."""
+    the scale and shift of least squares (Ranftl et al., 2020) `measure`'s `rmse` and `delta1` as
+    `aligned_rmse` and `aligned_delta1`; and `rank`, Spearman's correlation."""
     d, g = depth.flatten(1).double(), depth_true.flatten(1).double()
 
     def correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -1023,10 +1023,9 @@ def measure_aligned(depth: Tensor, depth_true: Tensor) -> dict[str, Tensor]:
 
     scale = correlation(d, g) * g.std(1) / d.std(1).clamp_min(1e-12)
     fitted = g.mean(1, keepdim=True) + (d - d.mean(1, keepdim=True)) * scale[:, None]
-    ratio = torch.maximum(fitted.clamp_min(1e-3) / g, g / fitted.clamp_min(1e-3))
-    within = (ratio < 1.25).double().where(g >= 1 / 255, torch.nan).nanmean(1)
-    values = {"aligned_rmse": (fitted - g).square().mean(1).sqrt(), "aligned_delta1": within}
-    return {name: of.float() for name, of in (values | {"rank": correlation(ranks(d), ranks(g))}).items()}
+    found = measure(depth, fitted.view_as(depth_true), None, depth_true)
+    aligned = {f"aligned_{name}": found[name] for name in ("rmse", "delta1")}
+    return aligned | {"rank": correlation(ranks(d), ranks(g)).float()}
 
 def opened_difference(bg: Tensor, fg_bg: Tensor) -> Tensor:
     """The greatest difference of the colours, (N, 1, H, W), without what is narrower than 3 pixels."""
@@ -1784,11 +1783,14 @@ def _answers(model: nn.Module, bg: np.ndarray, photo: np.ndarray, align: bool) -
     answers = zip(KINDS[2:], (of[0, 0].mul(255).round().byte().cpu().numpy() for of in answers), strict=True)
     return {task: of for task, of in answers if task in getattr(model, "tasks", KINDS)}
 
+def _refuse_existing(files: Iterable[Path], overwrite: bool) -> None:
+    if there := [str(file) for file in files if file.exists() and not overwrite]:
+        raise FileExistsError(f"{', '.join(there)}: there already. Give another folder, or overwrite=True.")
+
 def _save_answers(answers: dict[str, np.ndarray], place: Path, overwrite: bool) -> dict[str, Path]:
     """Writes `<place>_mask.png` and `<place>_depth.png`; gives their paths."""
     files = {task: place.with_name(f"{place.name}_{task}.png") for task in answers}
-    if there := [str(file) for file in files.values() if file.exists() and not overwrite]:
-        raise FileExistsError(f"{', '.join(there)}: there already. Give another folder, or overwrite=True.")
+    _refuse_existing(files.values(), overwrite)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         for task, file in files.items():
@@ -1833,8 +1835,7 @@ def predict_folder(weights: AnyPath | nn.Module, bg: AnyPath, source: AnyPath, f
     which the object is red: its path. One picture is in memory at a time. Raises as `predict_images` does."""
     model, background = weights if isinstance(weights, nn.Module) else load_model(weights), open_photo(bg)
     source, film = _found(source, "Give a folder of photos, or a video."), Path(folder) / "overlay.mp4"
-    if film.exists() and not overwrite:
-        raise FileExistsError(f"{film}: there already. Give another folder, or overwrite=True.")
+    _refuse_existing([film], overwrite)
     video = None
     for name, photo in tqdm(_shots(source), unit="picture", file=sys.stdout, leave=False):
         answers = _answers(model, background, photo, align)
@@ -1842,8 +1843,8 @@ def predict_folder(weights: AnyPath | nn.Module, bg: AnyPath, source: AnyPath, f
         if video is None:
             size = photo.shape[1] // 2 * 2, photo.shape[0] // 2 * 2
             video = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"mp4v"), 12, size)
-        red = answers.get("mask", np.zeros_like(photo[..., 0]))[..., None] > 0
-        shown = np.where(red, photo // 2 + np.uint8([127, 0, 0]), photo)
+        red = answers.get("mask", np.zeros_like(photo[..., 0])) > 0
+        shown = np.where(red[..., None], photo // 2 + np.uint8([127, 0, 0]), photo)
         video.write(cv2.cvtColor(cv2.resize(shown, size), cv2.COLOR_RGB2BGR))
     if video is None:
         raise ValueError(f"{source} holds no photo and is no video. Give a folder of photos, or an .mp4.")
@@ -1852,8 +1853,7 @@ def predict_folder(weights: AnyPath | nn.Module, bg: AnyPath, source: AnyPath, f
 
 def _shots(source: Path) -> Iterator[tuple[str, np.ndarray]]:
     """The photos in a folder, or the frames of a video, one after the other, with a name for each."""
-    photos = sorted(source.iterdir()) if source.is_dir() else ()
-    for path in (path for path in photos if path.is_file() and path.name[0] != "."):
+    for path in sorted(path for path in source.glob("[!.]*") if path.is_file()):  # of a video none
         yield path.stem, open_photo(path)
     frames = cv2.VideoCapture(str(source)) if source.is_file() else None
     for number in itertools.count(1) if frames else ():

@@ -1,4 +1,4 @@
-"""Chapter 14 of notebooks/00_make_dataset.ipynb: photos and cut-outs composed, with depth from a teacher."""
+"""Chapter 10 of notebooks/00_make_dataset.ipynb: photos and cut-outs composed, with depth from a teacher."""
 
 import io
 import sys

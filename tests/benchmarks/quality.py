@@ -22,6 +22,7 @@ from torchvision.transforms.v2.functional import affine, center_crop, jpeg, pad
 import helpers
 from helpers import (
     MODELS,
+    Baseline,
     Config,
     ZipDataset,
     align_background,
@@ -75,63 +76,43 @@ class ByHand:
 HANDS = {"8 px": (8, 0, 1.0), "3°": (0, 3, 1.0), "-40 % light": (0, 0, 0.6)}  # of 192 pixels; degrees; share
 
 
-class Aligned:
-    """As if taken by hand, and brought into line: `bg` moved, turned, or darker."""
+class Aligned(ByHand):
+    """As if taken by hand, and brought into line: `bg` moved, turned, or darker. A batch is made once."""
 
     def __init__(self, ds, how):
-        self.ds, (self.pixels, self.degrees, self.light) = ds, HANDS[how]
+        super().__init__(ds, how)
+        self.made = {}
 
     def batch(self, indices):
-        batch, rng = self.ds.batch(indices), np.random.default_rng(0)
-        aligned = [self.another(*pair, rng) for pair in zip(batch["bg"], batch["fg_bg"], strict=True)]
-        return batch | {"bg": torch.stack(aligned)}
+        key = tuple(indices)
+        if key not in self.made:
+            self.made[key] = super().batch(indices)
+        return self.made[key]
 
     def another(self, bg, fg_bg, rng):
-        size, way, sign = bg.shape[1], rng.uniform(0, 2 * np.pi), rng.choice([-1, 1])
-        shift = [size / 192 * self.pixels * of for of in (np.cos(way), np.sin(way))]
+        (pixels, degrees, light), size = HANDS[self.how], bg.shape[1]
+        way, sign = rng.uniform(0, 2 * np.pi), rng.choice([-1, 1])
+        shift = [size / 192 * pixels * of for of in (np.cos(way), np.sin(way))]
         wider = pad(bg, size // 6, padding_mode="reflect").float()
-        wider = affine(wider, float(sign * self.degrees), shift, 1.0, [0.0, 0.0], 2)  # bilinear
-        bg = (center_crop(wider, [size, size]) * self.light).round().clamp(0, 255).byte()
-        bg, fg_bg = (of.permute(1, 2, 0).numpy() for of in (bg, fg_bg))
-        return torch.from_numpy(align_background(bg, fg_bg)).permute(2, 0, 1)
+        wider = affine(wider, float(sign * degrees), shift, 1.0, [0.0, 0.0], 2)  # bilinear
+        bg = (center_crop(wider, [size, size]) * light).round().clamp(0, 255).byte()
+        aligned = align_background(*(of.permute(1, 2, 0).numpy() for of in (bg, fg_bg)))
+        return torch.from_numpy(aligned).permute(2, 0, 1), fg_bg
 
 
-class Ramp(torch.nn.Module):
-    """Depth that grows from the bottom to the top, whatever the pictures show; the mask of a baseline."""
-
-    def __init__(self, baseline):
-        super().__init__()
-        self.baseline = baseline
-
-    def forward(self, bg, fg_bg):
-        height = bg.shape[2]
-        ramp = torch.linspace(1, 0, height).view(1, 1, height, 1)
-        return self.baseline(bg, fg_bg)[0], ramp.expand_as(bg[:, :1])
-
-
-def nearer(model, ds, indices):
-    """The share of samples in which the object is nearer than what the network sees there without it."""
-    shares = []
+def weights_row(label, model, ds, hands, indices):
+    """IoU, RMSE, delta1; RMSE, delta1 and rank after alignment; the share of samples in which the object is
+    nearer than what the network sees there without it; IoUs of what was taken by hand."""
+    values, depths = evaluate(model, ds, indices), []
     for part in np.array_split(indices, max(1, len(indices) // 32)):
         batch = helpers.to_float(ds.batch(part))
         with torch.no_grad():
             after, before = (model(batch["bg"], batch[of])[1] for of in ("fg_bg", "bg"))
-        shares.append((((before - after) * batch["mask"]).sum((1, 2, 3)) > 0).float().mean())
-    return float(np.mean(shares))
-
-
-def weights_row(label, model, ds, indices):
-    """IoU, RMSE, delta1; RMSE, delta1 and rank after alignment; nearer; IoUs of what was taken by hand."""
-    values, aligned = evaluate(model, ds, indices), []
-    for part in np.array_split(indices, max(1, len(indices) // 32)):
-        batch = helpers.to_float(ds.batch(part))
-        with torch.no_grad():
-            aligned.append(helpers.measure_aligned(model(batch["bg"], batch["fg_bg"])[1], batch["depth"]))
+        nearer = ((before - after) * batch["mask"]).sum((1, 2, 3)) > 0
+        depths.append(helpers.measure_aligned(after, batch["depth"]) | {"nearer": nearer.float()})
     found = [values[name].mean() for name in ("iou", "rmse", "delta1")]
-    found += [torch.cat([of[name] for of in aligned]).mean() for name in aligned[0]] + [
-        nearer(model, ds, indices)
-    ]
-    found += [evaluate(model, Aligned(ds, how), indices)["iou"].mean() for how in HANDS]
+    found += [torch.cat([of[name] for of in depths]).mean() for name in depths[0]]
+    found += [evaluate(model, hand, indices)["iou"].mean() for hand in hands]
     print("|", " | ".join([label, *(f"{of:.3f}" for of in found)]), "|")
 
 
@@ -158,16 +139,20 @@ def measure_weights(weights, paths, most=100):
     for path in (path for path in paths if not Path(path).is_dir()):
         ds, name = ZipDataset(path, model.size), Path(path).stem
         some = np.random.default_rng(0).permutation(len(ds))[:most]
+        hands = [Aligned(ds, how) for how in HANDS]
         found[name] = baselines(ds, parts_of(Config("any"), ds)["train"])
-        weights_row(f"{name}: difference, mean depth", found[name], ds, some)
-        weights_row(f"{name}: difference, ramp", Ramp(found[name]), ds, some)
-        weights_row(f"{name}: network", model, ds, some)
+        ramp = torch.linspace(1, 0, ds.size).view(1, 1, -1, 1).expand(1, 1, -1, ds.size)
+        ways = {
+            "difference, mean depth": found[name],
+            "difference, ramp": Baseline(found[name].threshold, ramp),
+        }
+        for label, way in (ways | {"network": model}).items():
+            weights_row(f"{name}: {label}", way, ds, hands, some)
     print("\n| pairs by real cameras | IoU as they are | brought into line |\n|---|---|---|")
+    ways = {f"difference, threshold of {name}": of for name, of in found.items()} | {"network": model}
     for folder in (path for path in paths if Path(path).is_dir()):
-        for name, of in (
-            {f"difference, threshold of {name}": of for name, of in found.items()} | {"network": model}
-        ).items():
-            print("|", " | ".join([name, *(f"{iou:.3f}" for iou in captured(folder, of))]), "|")
+        for name, way in ways.items():
+            print("|", " | ".join([name, *(f"{iou:.3f}" for iou in captured(folder, way))]), "|")
 
 
 def numbers(model, ds, indices):
