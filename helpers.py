@@ -21,7 +21,6 @@ import shutil
 import sys
 import threading
 import time
-import types
 import unicodedata
 import warnings
 import zipfile
@@ -29,6 +28,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import accelerate
@@ -45,6 +45,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from IPython import get_ipython
+from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from pytorch_msssim import ssim as msssim_ssim
@@ -117,10 +118,10 @@ def data_zip(path: AnyPath = "") -> Path:
         _copy(found, local)
     return local
 
-def _drawing() -> types.ModuleType:
+def _drawing() -> ModuleType:
     """What notebook 00's cells tagged "define" define, as a module, where worker processes find it."""
     path = ROOT / "notebooks" / "00_make_dataset.ipynb"
-    module = sys.modules["make_dataset"] = types.ModuleType("make_dataset")
+    module = sys.modules["make_dataset"] = ModuleType("make_dataset")
     for cell in json.loads(path.read_text("utf-8"))["cells"]:
         if "define" in cell["metadata"].get("tags", []):
             exec(compile("".join(cell["source"]), str(path), "exec"), module.__dict__)
@@ -181,8 +182,7 @@ NOT_ZIP = {  # what is given in place of a zip, by its first bytes
 def read_picture(data: bytes, kind: str = "fg_bg", smallest: int = 0) -> np.ndarray:
     """The picture in a file's bytes: uint8 (H, W, 3), of a mask or depth (H, W, 1), the way up that its
     camera noted. A JPEG over four times as large as `smallest` may come at half its size. Raises ValueError
-    for what is no picture of 8 bits a channel, too large, transparent in parts, or in colours or greys that
-    are not meant."""
+    for what is no picture of 8 bits a channel, too large, transparent, or in colours where grey is meant."""
     grey, most = CHANNELS[kind] == 1, Image.MAX_IMAGE_PIXELS or np.inf
     try:
         if data[:2] == b"\xff\xd8" and b"Exif\0" not in data[: 2**16]:  # thrice as fast as Pillow
@@ -209,8 +209,7 @@ def read_picture(data: bytes, kind: str = "fg_bg", smallest: int = 0) -> np.ndar
         raise ValueError(known.get(type(error), str(error))) from None
 
 def _refuse_grey(mask: np.ndarray) -> None:
-    """Raises ValueError for what is no mask of black and white. What JPEG smears is little, and of all
-    levels."""
+    """Raises ValueError for a mask not black and white. What JPEG smears is little, and of all levels."""
     grey, white = np.count_nonzero(mask + np.uint8(64) & 128), np.count_nonzero(mask > 191)  # grey: 64 to 191
     if grey > max(white / 10, 16):
         levels = np.bincount(mask.ravel(), minlength=256)[64:192]
@@ -329,8 +328,7 @@ def _ids(layout: str, samples: pd.DataFrame, backgrounds: np.ndarray) -> tuple[n
 
 def _fold_mirrored(bg_id: np.ndarray, fg_id: np.ndarray) -> np.ndarray:
     """Where object f + F/2 mirrors object f, gives it the same id. F/2 is the number by which objects and
-    mirrored ones stand on the same backgrounds; where none fits, as in a random part of a set, half of the
-    highest."""
+    mirrored ones stand on the same backgrounds; where none fits (a part of a set), half of the highest."""
     last, pairs = int(fg_id.max()), np.unique(np.stack([bg_id, fg_id], 1), axis=0)
     halves = last - np.unique(fg_id)[::-1]  # the last object is the mirror image of one that is there
     for start in (0, 1)[: 1 + int(fg_id.min() > 0)]:  # objects may count from 0 or from 1
@@ -479,8 +477,7 @@ class ZipDataset(torch.utils.data.Dataset):
         return "_".join(path.rpartition(".")[0].split("/")[-2 if self.layout == "akshat" else -1 :])
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The samples as uint8 tensors (len(indices), channels, size, size), a view of NHWC; mask is 0 or
-        1."""
+        """The samples as uint8 tensors (len(indices), channels, size, size), in NHWC; mask is 0 or 1."""
         batch = {}
         for kind in self.kinds:
             slots = self._slot[kind][np.asarray(indices)]
@@ -495,8 +492,7 @@ class ZipDataset(torch.utils.data.Dataset):
         return batch
 
     def _decode(self, kind: str, files: np.ndarray) -> np.ndarray:
-        """These files' pictures, (len(files), size, size, channels), by all cores: decoders let others
-        run."""
+        """These files' pictures, (len(files), size, size, channels), decoded by all cores."""
         def share(some: np.ndarray) -> np.ndarray:
             return np.stack([self._picture(kind, file) for file in some.tolist()])
 
@@ -538,8 +534,7 @@ def _pool(process: int) -> ThreadPoolExecutor:
 
 def check(path: AnyPath, layout: str | None = None) -> dict[str, str]:
     """Reads a data set from first to last, prints what it holds and what is wrong, and gives the defects,
-    {file name: what is wrong with it}. Raises FileNotFoundError or ValueError for what is no data set at
-    all."""
+    {file name: what is wrong with it}. Raises FileNotFoundError or ValueError for what is no data set."""
     ds = ZipDataset(path, layout=layout, defects="leave_out")
     objects = len(np.unique(ds.fg_id)) if (ds.fg_id >= 0).all() else "an unknown number of"
     print(f"{ds.path.name}, layout {ds.layout}: {len(ds.names):,} files, {len(ds):,} samples of", *ds.kinds)
@@ -1174,8 +1169,7 @@ class Config:
 
     @classmethod
     def load(cls, path: AnyPath) -> "Config":
-        """Reads what `save` wrote, or the config.json of a run. Raises ValueError where it holds no
-        Config."""
+        """Reads what `save` wrote, or a run's config.json. Raises ValueError where it holds no Config."""
         try:
             values = dict(json.loads(Path(path).read_text()))
             more = ("fingerprint", "code", "cache")  # of a run; of runs made before
@@ -1203,9 +1197,9 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     The run is the folder `<workspace>/<name>/`. Not there, it is started; cut off at whatever moment, it goes
     on from its last checkpoint, on a CPU to the same bits as if it never had been; finished, it is read. In
     it: config.json, metrics.csv and timing.csv (a row an epoch), checkpoint.pt, best.pt (the weights of the
-    least validation loss), results.json (what those are worth on all but the training samples),
-    images/epoch_NNN. It leaves off after `stop_after` epochs, as if cut off there. Several processes that
-    accelerate has started train together.
+    least validation loss), results.json (what those are worth on all but the training samples), and images
+    after each epoch and the first steps. It leaves off after `stop_after` epochs, as if cut off there; a
+    notebook shows how far it is, unless `quiet`. Processes that accelerate has started train together.
 
     Raises ValueError where the folder holds another run, and for data, losses and networks that do not fit;
     RuntimeError where another program is at this run; MemoryError."""
@@ -1251,8 +1245,7 @@ def _own_code(config: Config) -> dict[str, str]:
     return hashes
 
 def _refuse_another(folder: Path, settings: dict) -> None:
-    """Raises ValueError where the folder holds a run of other settings. Data are known by content, not by
-    path."""
+    """Raises ValueError where the folder holds a run of other settings, or of data of other content."""
     if not (folder / "config.json").exists():
         return
     theirs = dataclasses.asdict(Config("any")) | json.loads((folder / "config.json").read_text())
@@ -1329,8 +1322,7 @@ def evaluate(model: nn.Module, ds: ZipDataset, indices: np.ndarray, loss: TaskLo
     return {name: np.concatenate([values[name] for values in measured]) for name in measured[0]}
 
 def score(model: nn.Module, ds: ZipDataset, parts: dict[str, np.ndarray], precision: str = "auto") -> Results:
-    """Means over the pictures, but for those in which no pixel counts (NaN): part -> metric -> value. Parts
-    without samples are left out."""
+    """Means over the pictures in which a pixel counts (no NaN): part with samples -> metric -> value."""
     values = {part: evaluate(model, ds, of, precision=precision) for part, of in parts.items() if len(of)}
     return {part: pd.DataFrame(of).astype(float).mean().to_dict() for part, of in values.items()}
 
@@ -1345,8 +1337,7 @@ def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
     return runs
 
 def read_run(folder: AnyPath) -> Run:
-    """The run in this folder, as far as it has come. Raises FileNotFoundError where there is none, ValueError
-    where a file of it is damaged."""
+    """The run in this folder, as far as it has come. Raises FileNotFoundError, ValueError where damaged."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no run (no config.json). Give the folder that run() made.")
@@ -1362,8 +1353,7 @@ def read_run(folder: AnyPath) -> Run:
 # ---------- Training ----------------------------------------------------------------------------------------
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes, as one would have it; on CPUs, where torch's own
-    refuses."""
+    """Batch norm over the batches of all processes; on CPUs, where torch's own refuses."""
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
@@ -1392,8 +1382,7 @@ def _begin(config: Config) -> nn.Module:
     return model
 
 def _mean_over_processes(tensors: Sequence[Tensor]) -> None:
-    """Where several processes train together, each waits for the others and gets the mean of their
-    tensors."""
+    """Where several processes train together, each waits for the others and gets the mean of all."""
     if dist.is_initialized():
         means = torch.cat([tensor.reshape(-1) for tensor in tensors]) / dist.get_world_size()
         dist.all_reduce(means)
@@ -1431,6 +1420,7 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
         else:
             state[name] = saved.to(DEVICE) if name == "loss_sum" else saved
     augment = [change for name, change in AUGMENTATIONS.items() if name in config.augment.split("+")]
+    show = _live_view(config, quiet or processes > 1)
     while state["step"] < steps * (epochs if stop_after is None else min(epochs, stop_after)):
         epoch, begun = divmod(state["step"], steps)
         order = np.random.default_rng([config.seed, epoch]).permutation(parts["train"])
@@ -1443,6 +1433,9 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
         bar = tqdm(_prefetch(ds.batch, shares), leave=False, disable=quiet or None, **about)
         model.train()
         for whole, batch in zip(batches, bar, strict=True):
+            if epoch == 0 and process == 0 and state["step"] in FIRST_STEPS:
+                show(state, _save_images(folder, state, ds, parts, config))
+                model.train()
             torch.manual_seed((config.seed * 2**32 + state["step"]) * 64 + process)
             batch = functools.reduce(lambda batch, change: change(batch), augment, to_float(batch, DEVICE))
             with autocast(config.precision):
@@ -1470,7 +1463,7 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
             if due and state["step"] % steps:
                 _save(folder, state)
                 saved_at = time.monotonic()
-        _end_epoch(config, ds, parts, folder, state, time.monotonic() - started, quiet)
+        _end_epoch(config, ds, parts, folder, state, time.monotonic() - started, quiet, show)
     _wait()
     if state["step"] == steps * epochs:
         tests = {part: indices for part, indices in parts.items() if part != "train"}
@@ -1486,10 +1479,10 @@ def _refuse_not_finite(config: Config, state: dict, samples: Iterable[str]) -> N
         some = ", ".join(itertools.islice(samples, 8))
         raise ValueError(f"{where} {some}. Try a smaller lr, under another name.")
 
-def _end_epoch(config, ds, parts, folder, state, seconds, quiet) -> None:
+def _end_epoch(config, ds, parts, folder, state, seconds, quiet, show) -> None:
     """Measures on the validation samples, and writes down what the epoch has brought; the checkpoint last, so
     that a kill in between repeats the epoch."""
-    measured = state["average"].module if config.average else state["model"]
+    measured = _kept(state)
     # Learned weights change from epoch to epoch; epochs are compared by weights that do not.
     learned = config.depth_weight == "learned"
     loss = task_loss(config.mask_loss, config.depth_loss, 1.0 if learned else config.depth_weight)
@@ -1510,7 +1503,7 @@ def _end_epoch(config, ds, parts, folder, state, seconds, quiet) -> None:
     if _processes()[0] == 0:
         timing = _read_table(folder / "timing.csv")[: row["epoch"] - 1]
         _write(folder / "timing.csv", [*timing, {"epoch": row["epoch"], "seconds": seconds}])
-        _save_images(folder / "images" / f"epoch_{row['epoch']:03}", measured, ds, parts, config.precision)
+        show(state, _save_images(folder, state, ds, parts, config))
         _write(folder / "metrics.csv", state["history"])
         _write(folder / "best.pt", state["best"])
     _save(folder, state)
@@ -1518,6 +1511,10 @@ def _end_epoch(config, ds, parts, folder, state, seconds, quiet) -> None:
         shown = ("train_loss", "valid_loss", "valid_iou", "valid_rmse")
         found = "  ".join(f"{name} {row[name]:.3f}" for name in shown if name in row)
         print(f"{config.name}  epoch {row['epoch']}  {found}  ({seconds:.0f} s)")
+
+def _kept(state: dict) -> nn.Module:
+    """The network whose weights are kept: where they are averaged, the average."""
+    return state["average"].module if "average" in state else state["model"]
 
 def _save(folder: Path, state: dict) -> None:
     """Writes a checkpoint: the states of all parts, and plain values."""
@@ -1560,18 +1557,11 @@ def _read_table(path: Path) -> list[dict[str, float]]:
 
 PATIENCE, LOOK_AGAIN = 120.0, 15.0  # seconds: until Drive counts as hung; between two looks for what is new
 
-@dataclasses.dataclass
-class _Drive:
-    """The project's folder on Drive, when the files that are there were changed, and what fails now."""
-    folder: Path
-    there: dict[Path, int] = dataclasses.field(default_factory=dict)
-    trouble: str = ""
-
 @functools.cache
-def _drive(local: Path) -> _Drive | None:
-    """The project's folder on the user's Drive, to which a thread copies the workspace from now on, so that
-    nothing waits for a Drive that fails or hangs. None outside Colab, and without consent, for which this
-    asks."""
+def _drive(local: Path) -> SimpleNamespace | None:
+    """The project's `folder` on the user's Drive, to which a thread copies the workspace from now on, so that
+    nothing waits for a Drive that fails or hangs; `there`, when each file that is on it was changed; and
+    `trouble`, what fails now. None outside Colab, and without consent, for which this asks."""
     if not in_colab():
         return None
     from google.colab import drive
@@ -1581,11 +1571,11 @@ def _drive(local: Path) -> _Drive | None:
     except Exception as error:  # refused consent raises a private class of Colab's
         print(f"Google Drive is not available ({error}): results stay on this machine and go with it.")
         return None
-    found = _Drive(DRIVE / "MyDrive" / "mask-and-depth")
+    found = SimpleNamespace(folder=DRIVE / "MyDrive" / "mask-and-depth", there={}, trouble="")
     threading.Thread(target=_copy_for_ever, args=(local, found), daemon=True).start()
     return found
 
-def _copy_for_ever(local: Path, drive: _Drive) -> None:
+def _copy_for_ever(local: Path, drive: SimpleNamespace) -> None:
     while True:
         before, drive.trouble = drive.trouble, _copy_newer(local, drive.folder, drive, drive.there)
         if bool(drive.trouble) != bool(before):
@@ -1595,7 +1585,7 @@ def _copy_for_ever(local: Path, drive: _Drive) -> None:
             drive.there.clear()  # Drive may have lost what it had not uploaded
         time.sleep(LOOK_AGAIN)
 
-def _copy_newer(source: Path, target: Path, drive: _Drive, done: dict[Path, int], name: AnyPath = "") -> str:
+def _copy_newer(source: Path, target: Path, drive: SimpleNamespace, done: dict, name: AnyPath = "") -> str:
     """Copies what is newer in one folder to the other, the oldest first, and says what went wrong. Of a run,
     what is newer waits for what is older: its checkpoint must not arrive before its pictures."""
     failed, trouble = set(), ""
@@ -1976,18 +1966,100 @@ def results_table(results: dict[str, Results | list[Results]],
     weight = pd.DataFrame(np.where(pd.DataFrame(bold), "font-weight: bold", ""), table.index, table.columns)
     return table.style.apply(lambda _: weight, axis=None).set_uuid("")
 
-def _save_images(folder: Path, model: nn.Module, ds: ZipDataset, parts: dict, precision: str) -> None:
-    """A sheet of pictures, 8 bit as they are: a row for each of four training samples and four of the last
-    part, which has least in common with them; inputs, and of each task the truth and the prediction."""
+FIRST_STEPS = (0, 10, 30, 100, 300)  # after so many steps of the first epoch, too, pictures are saved
+
+def _save_images(folder: Path, state: dict, ds: ZipDataset, parts: dict, config: Config) -> np.ndarray:
+    """Saves and gives a sheet of pictures, 8 bit as they are: a row for each of four training samples and
+    four of the last part, which has least in common with them; inputs, then of each task truth and
+    prediction."""
     rows, last = [], [part for part, indices in parts.items() if len(indices)][-1]
     for indices in (parts["train"], parts[last]):
         shown = indices[np.linspace(0, len(indices) - 1, 4).astype(int)]
-        for sample in _predictions(model, ds, shown, precision):
+        for sample in _predictions(_kept(state), ds, shown, config.precision):
             kinds = [f"{kind}{of}" for kind in ds.kinds for of in ("", "_predicted")]
             rows.append(torch.cat([sample[kind].expand(3, -1, -1) for kind in kinds if kind in sample], 2))
     sheet = torch.cat(rows, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
-    with _replacing(folder / "sheet.png") as part:
+    epoch = len(state["history"])
+    name = f"epoch_{epoch:03}" if epoch else f"epoch_000_step_{state['step']:03}"
+    with _replacing(folder / "images" / name / "sheet.png") as part:
         Image.fromarray(sheet).save(part, "png")
+    return sheet
+
+def _columns(config: Config) -> list[str]:
+    """What the columns of a sheet show."""
+    return ["bg", "fg_bg", *(f"{task}{of}" for task in config.tasks for of in ("", "_predicted"))]
+
+def _live_view(config: Config, quiet: bool) -> Callable[[dict, np.ndarray], None]:
+    """In a notebook, a display of a run's curves and of three of its predictions on the hardest part, which
+    the function that this gives brings up to date. None if `quiet`, and in continuous integration."""
+    if quiet or "CI" in os.environ or not hasattr(get_ipython(), "kernel"):
+        return lambda state, sheet: None
+    handle, columns = display(f"{config.name} begins", display_id=True), _columns(config)
+
+    def show(state: dict, sheet: np.ndarray) -> None:
+        figure, (curves, pictures) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(1, 2), dpi=80)
+        if state["history"]:
+            shown = r"epoch|train_loss|valid_(loss|iou|rmse)$"
+            pd.DataFrame(state["history"]).filter(regex=shown).plot("epoch", ax=curves, marker=".")
+        curves.set_title(f"{config.name}, step {state['step']}")
+        pictures.imshow(sheet[4 * config.size : 7 * config.size])
+        centres = (np.arange(len(columns)) + 0.5) * config.size
+        pictures.set(xticks=centres, xticklabels=[of.replace("_", "\n") for of in columns], yticks=[])
+        handle.update(figure)
+        plt.close(figure)
+
+    return show
+
+def saved_pictures(run: Run) -> dict[str, np.ndarray]:
+    """What a run has saved while it learned, the oldest first: "step 10" or "epoch 1" -> uint8 pictures (8,
+    columns, size, size, 3), of four training samples and four of the hardest test part; the columns are bg,
+    fg_bg, and of each trained task truth and prediction. Raises FileNotFoundError."""
+    saved, size, columns = {}, run.config.size, len(_columns(run.config))
+    for file in sorted(run.folder.glob("images/*/sheet.png")):
+        epoch, _, step = file.parent.name.removeprefix("epoch_").partition("_step_")
+        sheet = np.asarray(Image.open(file)).reshape(-1, size, columns, size, 3).swapaxes(1, 2)
+        saved[f"step {int(step)}" if step else f"epoch {int(epoch)}"] = sheet
+    if not saved:
+        raise FileNotFoundError(f"{run.folder} holds no pictures; a run saves the first when it begins.")
+    return saved
+
+def plot_progress(run: Run, samples: Sequence[int] = (4, 6)) -> Figure:
+    """A filmstrip of what `saved_pictures` gives: for each of these samples a row a task, with the input, the
+    prediction at up to four moments, and the truth. Raises as that does."""
+    saved, rows = saved_pictures(run), []
+    moments = [[*saved][i] for i in np.unique(np.linspace(0, len(saved) - 1, 4).astype(int))]
+    for sample, task in itertools.product(samples, run.config.tasks):
+        shown = [("fg_bg", "input"), *((f"{task}_predicted", moment) for moment in moments), (task, "truth")]
+        row = []
+        for kind, title in shown:
+            of = saved.get(title, saved[moments[0]])[sample, _columns(run.config).index(kind)]
+            picture = torch.from_numpy(of / 255).permute(2, 0, 1)
+            row.append((title, kind, picture if kind == "fg_bg" else picture[:1], ""))
+        rows.append(row)
+    return _draw(rows, [task for _ in samples for task in run.config.tasks])
+
+def browse(run: Run) -> None:
+    """Shows in a notebook what `saved_pictures` gives, by ipywidgets: choose a sample, move or play through
+    steps and epochs. Raises as that does."""
+    import ipywidgets as widgets
+
+    saved = saved_pictures(run)
+    names = [f"{part} sample {k}" for part in ("training", "test") for k in (1, 2, 3, 4)]
+    sample = widgets.Dropdown(options=[(name, k) for k, name in enumerate(names)], value=4)
+    moment, play = widgets.IntSlider(max=len(saved) - 1), widgets.Play(max=len(saved) - 1, interval=500)
+    widgets.jslink((play, "value"), (moment, "value"))
+    title, picture = widgets.Label(), widgets.Image(format="png", layout={"max_width": "100%"})
+
+    def show(_: object = None) -> None:
+        label, data = [*saved][moment.value], io.BytesIO()
+        row = Image.fromarray(np.concatenate([*saved[label][sample.value]], 1))
+        row.resize((row.width * 180 // row.height, 180)).save(data, "png")
+        picture.value, title.value = data.getvalue(), f"{label}: {', '.join(_columns(run.config))}"
+
+    for control in (sample, moment):
+        control.observe(show, "value")
+    show()
+    display(widgets.VBox([widgets.HBox([sample, play, moment]), title, picture]))
 
 if __name__ == "__main__":  # accelerate launch helpers.py CONFIG.json: a saved Config on all GPUs
     if len(sys.argv) != 2:

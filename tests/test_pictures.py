@@ -1,7 +1,9 @@
 """Figures and tables: that what they show is what they were given."""
 
+import io
 import itertools
 import re
+import types
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +150,81 @@ def test_the_sheet_of_an_epoch_has_truth_and_prediction_of_eight_samples_in_8_bi
         assert np.abs(shown[5].T - of["depth_predicted"]).max() < 1.01
         assert np.abs(shown[3].T - of["mask_predicted"]).mean() < 1
     assert {*numbers[:4]} < {*split(ds)["train"]} and {*numbers[4:]} <= {*split(ds)["test_new_both"]}
+
+
+@pytest.fixture(scope="module")
+def learned(ds, tmp_path_factory):
+    """Two epochs of 15 steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORKSPACE", str(tmp_path_factory.mktemp("runs")))
+        options = {"split": "image", "max_train": 30, "batch_size": 2, "epochs": 2, "precision": "float32"}
+        return helpers.run(
+            Config("a", str(ds.path), size=SIZE, model="difference_unet", **options), quiet=True
+        )
+
+
+def sheet(learned, name):
+    """As the file has it: by rows of pictures."""
+    return np.array(Image.open(learned.folder / "images" / name / "sheet.png"))
+
+
+def test_pictures_are_saved_after_the_first_steps_and_every_epoch(learned):
+    saved = helpers.saved_pictures(learned)
+    files = dict(
+        zip(["epoch_000_step_000", "epoch_000_step_010", "epoch_001", "epoch_002"], saved, strict=True)
+    )
+    assert [*saved] == ["step 0", "step 10", "epoch 1", "epoch 2"]
+    for file, moment in files.items():
+        assert np.array_equal(np.concatenate(np.concatenate([*saved[moment].swapaxes(0, 1)], 2), 0).ravel(),
+                              sheet(learned, file).ravel())  # fmt: skip
+    torch.manual_seed(learned.config.seed)
+    begun = helpers.MODELS["difference_unet"]().eval()
+    bg, fg_bg = (torch.from_numpy(saved["step 0"][:, k] / 255).float().permute(0, 3, 1, 2) for k in (0, 1))
+    with torch.no_grad():
+        depth = begun(bg, fg_bg)[1][:, 0].numpy()
+    assert np.abs(saved["step 0"][:, 5, :, :, 0] - 255 * depth).max() < 1.01  # of the random first weights
+    assert np.abs(saved["step 10"][:, 5].astype(int) - saved["step 0"][:, 5]).max() > 1
+    (learned.folder / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no pictures"):
+        helpers.saved_pictures(Run(learned.config, learned.folder / "empty", [], [], {}))
+
+
+def test_plot_progress_shows_input_predictions_and_truth(learned):
+    saved, figure = helpers.saved_pictures(learned), helpers.plot_progress(learned, samples=(2, 5))
+    titles = ["input", "step 0", "step 10", "epoch 1", "epoch 2", "truth"]
+    assert [axis.get_title() for axis in figure.axes[:6]] == titles
+    pictures = shown(figure)
+    assert len(pictures) == 2 * 2 * 6
+    np.testing.assert_allclose(255 * pictures[6], saved["step 0"][2, 1], atol=1e-4)  # sample 2, depth: fg_bg
+    np.testing.assert_allclose(255 * pictures[3], saved["epoch 1"][2, 3, ..., 0], atol=1e-4)
+    np.testing.assert_allclose(255 * pictures[-1], saved["epoch 2"][5, 4, ..., 0], atol=1e-4)
+
+
+def test_the_browser_shows_the_sample_and_moment_that_are_chosen(learned, monkeypatch):
+    boxes = []
+    monkeypatch.setattr(helpers, "display", boxes.append)
+    helpers.browse(learned)
+    (choice, _, moment), title, picture = boxes[0].children[0].children, *boxes[0].children[1:]
+    choice.value, moment.value = 6, 2
+    assert title.value.startswith("epoch 1: bg, fg_bg, mask, mask_predicted")
+    given = np.array(Image.open(io.BytesIO(picture.value)))
+    row = np.concatenate([*helpers.saved_pictures(learned)["epoch 1"][6]], 1)
+    expected = Image.fromarray(row).resize((6 * 180, 180))
+    np.testing.assert_array_equal(given, np.array(expected))
+
+
+def test_a_notebook_watches_a_run_and_continuous_integration_does_not(learned, tmp_path, monkeypatch):
+    figures, handle = [], types.SimpleNamespace()
+    handle.update = lambda figure: figures.append([axis.get_title() for axis in figure.axes])
+    monkeypatch.setattr(helpers, "display", lambda *_, **__: handle)
+    monkeypatch.setattr(helpers, "get_ipython", lambda: types.SimpleNamespace(kernel=True))
+    for number, environment in enumerate(({}, {"CI": "true"})):
+        monkeypatch.setenv("WORKSPACE", str(tmp_path / str(number)))
+        monkeypatch.delenv("CI", raising=False)
+        for variable in environment.items():
+            monkeypatch.setenv(*variable)
+        helpers.run(learned.config)
+    assert [titles[0] for titles in figures] == [f"a, step {step}" for step in (0, 10, 15, 30)]
+    for kept in ("best.pt", "metrics.csv", "checkpoint.pt"):
+        files = [(tmp_path / str(number) / "a" / kept).read_bytes() for number in (0, 1)]
+        assert files[0] == files[1] == (learned.folder / kept).read_bytes()  # nothing random was drawn for it
