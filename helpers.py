@@ -1826,19 +1826,20 @@ def predict_folder(weights: AnyPath | nn.Module, bg: AnyPath, source: AnyPath, f
     model, background = weights if isinstance(weights, nn.Module) else load_model(weights), open_photo(bg)
     source, film = _found(source, "Give a folder of photos, or a video."), Path(folder) / "overlay.mp4"
     _refuse_existing([film], overwrite)
-    video = None
+    part, video = film.with_name("overlay.part.mp4"), None
     for name, photo in tqdm(_shots(source), unit="picture", file=sys.stdout, leave=False):
         answers = _answers(model, background, photo, align)
         _save_answers(answers, film.with_name(name), overwrite)
         if video is None:
             size = photo.shape[1] // 2 * 2, photo.shape[0] // 2 * 2
-            video = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"mp4v"), 12, size)
+            video = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"mp4v"), 12, size)
         red = answers.get("mask", np.zeros_like(photo[..., 0])) > 0
         shown = np.where(red[..., None], photo // 2 + np.uint8([127, 0, 0]), photo)
         video.write(cv2.cvtColor(cv2.resize(shown, size), cv2.COLOR_RGB2BGR))
     if video is None:
         raise ValueError(f"{source} holds no photo and is no video. Give a folder of photos, or an .mp4.")
     video.release()
+    os.replace(part, film)
     return film
 
 def _shots(source: Path) -> Iterator[tuple[str, np.ndarray]]:

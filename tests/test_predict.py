@@ -391,3 +391,4 @@ def test_what_is_no_folder_of_photos_and_no_video_is_said(tmp_path):
     (photos / "notes.txt").write_text("notes")
     with pytest.raises(ValueError, match=r"notes\.txt cannot be read as a picture"):
         predict_folder(StandIn(), bg, photos, tmp_path / "out")
+    assert not (tmp_path / "out" / "overlay.mp4").exists()  # a film is whole or not there
