@@ -1867,7 +1867,8 @@ def _draw(rows: Sequence[Sequence[tuple]], labels: Sequence[str] = ("",)) -> Fig
     depth and its error in colour maps, each with a bar."""
     figure, (height, width) = plt.figure(layout="constrained", dpi=110), rows[0][0][2].shape[1:]
     side = max(1.6, 12 / max(len(rows[0]), 4))
-    figure.set_size_inches(side * len(rows[0]) + 0.8, (side * height / width + 0.4) * len(rows))
+    between = 0.3 if any(caption for row in rows for *_, caption in row) else 0.1
+    figure.set_size_inches(side * len(rows[0]) + 0.8, (side * height / width + between) * len(rows) + 0.2)
     axes, bars = figure.subplots(len(rows), len(rows[0]), squeeze=False), {}
     for i, (label, row) in enumerate(zip(labels, rows, strict=True)):
         axes[i, 0].set_ylabel(label)
