@@ -44,6 +44,9 @@ FILE_NAMES = {
 }
 
 
+TEN_BY_TEN = [(b, f, 1) for b in range(1, 11) for f in range(1, 11)]
+
+
 def draw(b: int, f: int, n: int, size: int) -> dict[str, np.ndarray]:
     """The uint8 pictures of a sample: noise, a brighter rectangle in it, depth that shrinks by the row."""
     bg = np.random.default_rng(b).integers(0, 180, (size, size, 3), np.uint8)
@@ -115,8 +118,17 @@ def write_zip():
 
 
 @pytest.fixture(scope="session")
-def encode():
-    return encoded
+def data(tmp_path_factory) -> Path:
+    """A zip of ten backgrounds, each with ten objects, of 16 x 16 pixels."""
+    make_zip(path := tmp_path_factory.mktemp("data") / "data.zip", samples=TEN_BY_TEN, size=16)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """A folder of kept pictures for this test alone."""
+    monkeypatch.setattr("helpers.CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")

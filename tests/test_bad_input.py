@@ -6,7 +6,6 @@ import re
 import struct
 import unicodedata
 import zipfile
-import zlib
 
 import matplotlib
 import numpy as np
@@ -16,20 +15,15 @@ from PIL import Image, ImageFilter
 from test_data import as_uint8, assert_same_samples
 from test_layouts import a_zip_for_each_kind, as_a_folder
 
-import helpers
 from helpers import KINDS, LAYOUTS, ZipDataset, check, read_picture, split
 
+pytestmark = pytest.mark.usefixtures("cache")
 # The files and the pictures of one of 24 samples.
 STEMS = FILE_NAMES["modest"].format(b=2, f=3, n=1).split()
 NAMES = {kind: f"{stem}.png" for kind, stem in zip(KINDS, STEMS, strict=True)}
 SAMPLE = "bg002_fg003_01"
 PICTURE = draw(2, 3, 1, 24)
 COLOUR, GREY, MASK = (Image.fromarray(PICTURE[kind]) for kind in ("fg_bg", "depth", "mask"))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(helpers, "CACHE", tmp_path / "cache")
 
 
 def message(path):
@@ -70,14 +64,6 @@ def palette(alpha):
     return encoded(COLOUR.quantize(16), transparency=bytes([255] * 3 + [alpha] + [255] * 12))
 
 
-def claiming(side):
-    """A PNG whose header, right in itself, claims so many pixels."""
-    raw = bytearray(encoded(COLOUR))
-    struct.pack_into(">LL", raw, 16, side, side)
-    struct.pack_into(">L", raw, 29, zlib.crc32(raw[12:29]))
-    return bytes(raw)
-
-
 def in_colours(name, extension=".png"):
     levels = matplotlib.colormaps[name](PICTURE["depth"], bytes=True)
     return encoded(np.ascontiguousarray(levels[..., :3]), extension)
@@ -89,16 +75,13 @@ def mask_of_two(one, other):
     return encoded(np.uint8(inside[..., None] * np.where(left, one, other)))
 
 
-COLOURED = {m: ("depth", in_colours(m), "in colours") for m in ("jet", "turbo", "Spectral_r")}
 JPEG = encoded(COLOUR, ".jpg", quality=95)
 REFUSED = {
     "nothing": ("fg_bg", b"", "none of JPEG, PNG"),
     "postscript": ("fg_bg", encoded(COLOUR, ".eps"), "none of JPEG, PNG"),
-    "a png's header": ("fg_bg", encoded(COLOUR)[:50], "truncated"),
     "a png cut short": ("depth", encoded(COLOUR)[:-200], "truncated"),
     "a jpeg cut short": ("fg_bg", JPEG[:-100], "remature end"),
     "a jpeg cut short but closed": ("fg_bg", JPEG[:-100] + b"\xff\xd9", "remature end"),
-    "a png that claims to be huge": ("fg_bg", claiming(60_000), "pixels"),
     "16 bits": ("depth", encoded(PICTURE["depth"] * np.uint16(99)), "more than 8 bits"),
     "floats": ("depth", encoded(np.float32(PICTURE["depth"]), ".tiff"), "more than 8 bits"),
     "transparent colours": ("fg_bg", with_alpha(COLOUR), "transparent in parts"),
@@ -106,7 +89,7 @@ REFUSED = {
     "a transparent palette": ("fg_bg", palette(0), "transparent in parts"),
     "transparent webp": ("fg_bg", with_alpha(COLOUR, ".webp", 100), "transparent in parts"),
     "one colour transparent": ("depth", encoded(GREY, transparency=255), "transparent in parts"),
-    **COLOURED,
+    **{name: ("depth", in_colours(name), "in colours") for name in ("jet", "turbo", "Spectral_r")},
     "jet in a jpeg": ("depth", in_colours("jet", ".jpg"), "in colours"),
     "a mask in white and red": ("mask", mask_of_two((255, 255, 255), (255, 0, 0)), "in colours"),
     "a mask in yellow and blue": ("mask", mask_of_two((255, 255, 0), (0, 0, 255)), "in colours"),
@@ -114,11 +97,9 @@ REFUSED = {
     "a mask of light grey": ("mask", encoded(PICTURE["mask"] // 255 * 150), "pixels are grey"),
     "a mask of noise": ("mask", encoded(PICTURE["bg"][..., 0]), "pixels are grey"),
     "a mask of 0 and 1": ("mask", encoded(PICTURE["mask"] // 255), "brightest pixel is 1,"),
-    "a mask of 0 and 3": ("mask", encoded(PICTURE["mask"] // 85), "brightest pixel is 3,"),
 }
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_picture_that_is_no_good_is_refused_by_name_or_left_out(write_zip, tmp_path, case):
     kind, raw, reason = REFUSED[case]
@@ -186,9 +167,10 @@ def test_masks_with_soft_edges_and_smeared_by_jpeg_are_masks(write_zip, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("kind", ["fg_bg", "mask", "depth"])
-def test_a_picture_over_the_limit_of_pixels_is_refused_and_told_so(write_zip, tmp_path, monkeypatch, kind):
-    large = encoded(np.concatenate([PICTURE[kind]] * 2))
+@pytest.mark.parametrize("kind, times", [("fg_bg", 2), ("fg_bg", 9), ("mask", 2), ("depth", 2)])
+def test_a_picture_over_the_limit_of_pixels_is_refused(write_zip, tmp_path, monkeypatch, kind, times):
+    """By Pillow, where it is over twice the limit, else by our own."""
+    large = encoded(np.concatenate([PICTURE[kind]] * times))
     made = write_zip(tmp_path / "a.zip", files={NAMES[kind]: large})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 25)
     assert_found(tmp_path / "a.zip", made, {NAMES[kind]: "600 pixels"})
@@ -239,9 +221,8 @@ def test_the_report_counts_what_is_there(write_zip, tmp_path, capsys):
     assert sum(name in text for name in broken) == 3 and "and more" in text
     write_zip(tmp_path / "b.zip", "mpaditya")
     assert check(tmp_path / "b.zip") == {}
-    assert (
-        len({ZipDataset(tmp_path / "b.zip", defects=way).fingerprint for way in ("stop", "leave_out")}) == 1
-    )
+    found, other = (ZipDataset(tmp_path / "b.zip", defects=way) for way in ("stop", "leave_out"))
+    assert found.fingerprint == other.fingerprint
     assert "an unknown number of objects, no defects" in capsys.readouterr().out
 
 
@@ -319,8 +300,8 @@ def test_a_choice_that_is_unknown_lists_the_known(sample):
     for option, known in (("layout", "modest"), ("depth_near", "dark"), ("defects", "leave_out")):
         with pytest.raises(ValueError, match=rf"^Unknown .* 'it'\. Known: .*{known}"):
             ZipDataset(sample, **{option: "it"})
-    with pytest.raises(ValueError, match=r"Unknown split 'random'\. Known: unseen, image"):
-        split(ZipDataset(sample), by="random")
+    with pytest.raises(ValueError, match=r"Unknown split 'it'\. Known: unseen, image"):
+        split(ZipDataset(sample), by="it")
 
 
 # The table of labels

@@ -175,8 +175,14 @@ def test_the_data_are_the_given_or_the_variables_or_notebook_00s_or_the_sample(t
     assert data_zip() == tmp_path / "variable.zip"
     assert data_zip(tmp_path / "given.zip") == tmp_path / "given.zip"
     assert data_zip(tmp_path) == tmp_path  # a folder may stand for a zip
-    with pytest.raises(FileNotFoundError, match=r"none\.zip: there is no such file. Give the path"):
-        data_zip("none.zip")
+    (tmp_path / "assets").mkdir()
+    (here := tmp_path / "assets" / "sample.zip").touch()
+    monkeypatch.chdir(tmp_path)
+    assert data_zip("assets/sample.zip").samefile(here)  # before the project's of the same name
+    monkeypatch.setenv("DATA_ZIP", "none.zip")  # no other is taken in its place
+    for given in ("", "none.zip"):
+        with pytest.raises(FileNotFoundError, match=r"none\.zip: there is no such file. Give the path"):
+            data_zip(given)
 
 
 def test_a_zip_on_drive_is_copied_to_the_local_disk_and_anew_when_it_has_changed(tmp_path, monkeypatch):
@@ -187,4 +193,6 @@ def test_a_zip_on_drive_is_copied_to_the_local_disk_and_anew_when_it_has_changed
     for day, content in enumerate((b"one", b"two"), 1):
         there.write_bytes(content)
         os.utime(there, (day * 86400, day * 86400))
+        copied = data_zip(there).stat().st_ino
         assert data_zip(there).read_bytes() == content and data_zip(there).is_relative_to(tmp_path / "cache")
+        assert data_zip(there).stat().st_ino == copied  # once

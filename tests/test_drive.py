@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import contents, different
-from test_runs import Tiny
+from test_resume import Watched, contents, different
 
 import helpers
 from helpers import MODELS, Config, drive_report, fetch, run, workspace
@@ -26,24 +25,9 @@ from helpers import MODELS, Config, drive_report, fetch, run, workspace
 PROJECT = Path("MyDrive") / "mask-and-depth"
 
 
-class Watched(Tiny):
-    """In which something can happen in a step of training."""
-
-    happens, steps, seconds = {}, 0, 0.0
-
-    def forward(self, *pictures):
-        if self.training:
-            Watched.steps += 1
-            time.sleep(self.seconds)
-            self.happens.get(self.steps, lambda: None)()
-        return super().forward(*pictures)
-
-
 @pytest.fixture(scope="module")
-def config(write_zip, tmp_path_factory):
+def config(data):
     """Three epochs of eight steps."""
-    data = tmp_path_factory.mktemp("data") / "data.zip"
-    write_zip(data, samples=[(b, f, 1) for b in range(1, 11) for f in range(1, 11)], size=16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "tiny", Watched)
         options = {"split": "image", "max_train": 32, "batch_size": 4, "epochs": 3, "checkpoint_minutes": 0.0}
@@ -297,5 +281,4 @@ def main(settings, folder, drive, what):
 
 
 if __name__ == "__main__":
-    sys.modules["test_drive"] = sys.modules["__main__"]
     main(*json.loads(sys.argv[1]))

@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import encoded
 from test_data import assert_same_samples
 
 from helpers import LAYOUTS, ZipDataset, check, split
@@ -42,17 +43,12 @@ def three_zips_of_any_files(path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"prefix": "DataSet/tiny data/"},
-        {"prefix": "mask/bg/", "compression": zipfile.ZIP_DEFLATED},
-        {"zip64": True, "extension": ".PNG", "prefix": "BG_FG/"},
-        {"extension": ".webp", "prefix": unicodedata.normalize("NFD", "größe/")},
-        {"extension": ".BMP", "compression": zipfile.ZIP_LZMA},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [
+    {"prefix": "mask/bg/tiny data/", "compression": zipfile.ZIP_DEFLATED},
+    {"zip64": True, "extension": ".PNG", "prefix": "BG_FG/"},
+    {"extension": ".webp", "prefix": unicodedata.normalize("NFD", "größe/")},
+    {"extension": ".BMP", "compression": zipfile.ZIP_LZMA},
+], ids=str)  # fmt: skip
 def test_a_zip_of_any_make_gives_the_pictures_that_went_in(write_zip, tmp_path, layout, options):
     made = write_zip(tmp_path / "a.zip", layout, **options)
     ds = ZipDataset(tmp_path / "a.zip", 24)
@@ -125,29 +121,21 @@ def test_samples_of_published_sets_differ_from_their_background_at_the_object(sh
 # Ids
 
 
-@pytest.mark.parametrize(
-    "numbers, samples",
-    [
-        (50, list(itertools.product(range(2), range(100), (0,)))),
-        (
-            100,
-            [
-                (b, f + m, 0)
-                for b, fs in enumerate([(84, 45, 22), (87, 63), (0,)])
-                for f in fs
-                for m in (0, 100)
-            ],
-        ),
-        (2, list(itertools.product(range(3), range(4), range(3)))),
-    ],
-    ids=["full set", "part of a set", "two objects"],
-)
+PAIRS = ((0, 84), (0, 45), (0, 22), (1, 87), (1, 63), (2, 0))  # of backgrounds and objects
+SETS = {
+    "full": (50, [*itertools.product(range(2), range(100), (0,))]),
+    "part": (100, [(b, f + mirrored, 0) for b, f in PAIRS for mirrored in (0, 100)]),
+    "two objects": (2, [*itertools.product(range(3), range(4), range(3))]),
+}
+
+
+@pytest.mark.parametrize("which", SETS)
 @pytest.mark.parametrize("first", [0, 1])
-def test_a_mirrored_object_has_the_id_of_the_object(write_zip, tmp_path, numbers, samples, first):
-    made = write_zip(
-        tmp_path / "a.zip", "raguram", samples=[(b, f + first, n) for b, f, n in samples], size=6
-    )
-    expected = [(sample["f"] - first) % numbers + first for sample in made]
+def test_a_mirrored_object_has_the_id_of_the_object(write_zip, tmp_path, which, first):
+    objects, samples = SETS[which]
+    samples = [(b, f + first, n) for b, f, n in samples]
+    made = write_zip(tmp_path / "a.zip", "raguram", samples, size=6)
+    expected = [(sample["f"] - first) % objects + first for sample in made]
     assert ZipDataset(tmp_path / "a.zip").fg_id.tolist() == expected
 
 
@@ -212,12 +200,12 @@ def test_a_table_may_lie_beside_zips(write_zip, tmp_path):
     assert_same_samples(ZipDataset(folder, 24), made)
 
 
-def test_of_pictures_and_a_zip_in_a_folder_the_pictures_are_taken_with_a_word(write_zip, encode, tmp_path):
+def test_of_pictures_and_a_zip_in_a_folder_the_pictures_are_taken_with_a_word(write_zip, tmp_path):
     made = write_zip(tmp_path / "a.zip")
     folder = as_a_folder(tmp_path / "a.zip")
     (tmp_path / "a.zip").rename(folder / "old.zip")
     made[0]["mask"] = np.full_like(made[0]["mask"], 255)  # corrected since
-    (folder / "bg_fg_mask/bg001_fg001_01_mask.png").write_bytes(encode(made[0]["mask"]))
+    (folder / "bg_fg_mask/bg001_fg001_01_mask.png").write_bytes(encoded(made[0]["mask"]))
     with pytest.warns(UserWarning, match=r"its pictures are read, and old\.zip beside them is not"):
         assert_same_samples(ZipDataset(folder, 24), made)
 
@@ -229,9 +217,8 @@ class Listing:
     """The ids of a data set without its pictures: every background with every object, `places` times."""
 
     def __init__(self, backgrounds, objects, places=1):
-        self.bg_id, self.fg_id, self.place = np.array(
-            [*itertools.product(backgrounds, objects, range(places))]
-        ).T
+        samples = itertools.product(backgrounds, objects, range(places))
+        self.bg_id, self.fg_id, self.place = np.array([*samples]).T
 
     def __len__(self):
         return len(self.bg_id)
@@ -254,9 +241,8 @@ def test_parts_have_the_pairs_that_they_promise_and_no_background_or_object_leak
     sizes = []
     for ids, new in ((HUNDRED.bg_id, "test_new_bg"), (HUNDRED.fg_id, "test_new_fg")):
         train, test = set(ids[parts["train"]]), set(ids[parts["test_new_both"]])
-        assert (
-            set(ids[parts[new]]) == test and set(ids[parts["test_seen"]]) == set(ids[parts["valid"]]) == train
-        )
+        assert set(ids[parts["test_seen"]]) == set(ids[parts["valid"]]) == train
+        assert set(ids[parts[new]]) == test
         assert not test & (train | set(ids[parts["valid_new"]])) and set(ids[parts["valid_new"]]) > train
         assert len(train) == pytest.approx(70, abs=3) and len(test) == pytest.approx(15, abs=3)
         sizes.append((len(train), 100 - len(train) - len(test), len(test)))

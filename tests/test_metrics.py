@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import encoded
 from scipy.stats import spearmanr
 from skimage.metrics import structural_similarity
 from skimage.morphology import opening
@@ -43,14 +44,14 @@ def test_one_value_a_sample_of_the_tasks_whose_truth_is_given(batch):
         assert sorted(some) == sorted(names) and all(torch.equal(some[name], values[name]) for name in names)
 
 
-@pytest.mark.parametrize(
-    "name, oracle",
-    [("iou", binary_jaccard_index), ("dice", binary_f1_score), ("pixel_accuracy", binary_accuracy)],
-)
-def test_mask_metrics_equal_those_of_torchmetrics(batch, name, oracle):
-    logits, _, mask_true, _ = batch
-    expected = [oracle(z.sigmoid(), t.int()) for z, t in zip(logits, mask_true, strict=True)]
-    torch.testing.assert_close(measure(*batch)[name], torch.stack(expected))
+ORACLES = {"iou": binary_jaccard_index, "dice": binary_f1_score, "pixel_accuracy": binary_accuracy}
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_mask_metrics_equal_those_of_torchmetrics(batch, name):
+    pairs = zip(batch[0].sigmoid(), batch[2].int(), strict=True)
+    expected = torch.stack([ORACLES[name](*pair) for pair in pairs])
+    torch.testing.assert_close(measure(*batch)[name], expected)
 
 
 def test_ssim_equals_that_of_scikit_image(batch):
@@ -99,42 +100,12 @@ def test_the_first_level_counts_in_ratios_and_what_is_nearer_does_not():
     assert values["mae"] == pytest.approx(0.25)
 
 
-def test_a_prediction_counts_as_a_thousandth_at_least_and_is_clamped_no_further():
-    """At .02 against .04 both would be .1, and so equal, under the clamp that flatters."""
-    values = [flat(0, depth, 0, 0.5) for depth in (0, 0.0009, 0.001, 0.0011)]
-    assert [value["log10"] for value in values] == pytest.approx(
-        [math.log10(500)] * 3 + [math.log10(0.5 / 0.0011)]
-    )
-    assert [value["rmse"] for value in values] == pytest.approx([0.5, 0.4991, 0.499, 0.4989])  # as they are
-    small = flat(0, 0.02, 0, 0.04)
-    assert small["delta3"] == 0 and small["abs_rel"] == pytest.approx(0.5)
-
-
-def test_a_sample_without_a_pixel_that_counts_is_not_a_number():
-    values = flat(0, 0.5, 0, 0.0)
-    assert all(math.isnan(values[name]) for name in ("delta1", "delta2", "delta3", "abs_rel", "log10"))
-    assert values["rmse"] == 0.5
-
-
-@pytest.mark.parametrize("k", [1, 2, 3])
-@pytest.mark.parametrize("side", [1, -1])
-def test_a_ratio_that_equals_the_threshold_does_not_count(k, side):
-    depth, truth = (0.5 * 1.25**k, 0.5)[::side]  # exact in float32
-    assert flat(0, depth, 0, truth)[f"delta{k}"] == 0
-    assert flat(0, depth - side * 1e-4, 0, truth)[f"delta{k}"] == 1
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_measured_in_float32(batch, dtype):
     logits, depth, mask_true, depth_true = batch
     halves = measure(logits.to(dtype), depth.to(dtype), mask_true, depth_true)
     singles = measure(logits.to(dtype).float(), depth.to(dtype).float(), mask_true, depth_true)
     assert all(torch.equal(halves[name], value) for name, value in singles.items())
-
-
-def test_pictures_smaller_than_the_window_of_ssim_are_refused():
-    with pytest.raises(ValueError, match="11 x 11"):
-        measure(*torch.rand(4, 1, 1, 10, 16))
 
 
 def test_aligned_metrics_are_those_of_a_fitted_line_and_of_ranks(batch):
@@ -150,11 +121,8 @@ def test_aligned_metrics_are_those_of_a_fitted_line_and_of_ranks(batch):
         assert values["rank"][i] == pytest.approx(spearmanr(d, g).statistic, abs=1e-6)
 
 
-def test_alignment_forgives_a_scale_and_a_shift_and_rank_any_curve_that_rises():
+def test_depth_that_is_the_same_everywhere_is_aligned_to_the_mean():
     true = torch.rand(2, 1, 16, 16)
-    perfect = measure_aligned(0.3 * true + 0.2, true)
-    assert perfect["aligned_rmse"].max() < 1e-6 and perfect["aligned_delta1"].min() == 1
-    assert measure_aligned(true**3, true)["rank"].min() == pytest.approx(1)
     flat = measure_aligned(torch.ones_like(true), true)["aligned_rmse"]
     assert flat == pytest.approx(true.std((1, 2, 3), correction=0))
 
@@ -202,8 +170,8 @@ def test_the_mask_is_exactly_the_thresholded_difference(fitted, threshold):
     assert torch.equal(depth, baseline.mean_depth)
 
 
-def test_a_picture_without_depth_does_not_spoil_the_mean_of_the_others(write_zip, encode, tmp_path):
-    black = {"bg_fg_depth_map/bg001_fg001_01_depth_map.png": encode(np.zeros((24, 24), np.uint8))}
+def test_a_picture_without_depth_does_not_spoil_the_mean_of_the_others(write_zip, tmp_path):
+    black = {"bg_fg_depth_map/bg001_fg001_01_depth_map.png": encoded(np.zeros((24, 24), np.uint8))}
     write_zip(tmp_path / "a.zip", files=black)
     ds = ZipDataset(tmp_path / "a.zip", 24)
     everything = np.arange(len(ds))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -25,16 +24,9 @@ CASES = {
     "odd": {"max_train": 19},  # batches that two processes cannot halve
     "left off": {},
 }
+ON_A_GPU = "one process would compute on the GPU, the two on the CPU"
+pytestmark = pytest.mark.skipif(helpers.DEVICE.type != "cpu", reason=ON_A_GPU)
 LOSSES = ("train_loss", "valid_loss", "valid_rmse", "depth_weight")
-
-
-@pytest.fixture(scope="module")
-def data(write_zip, tmp_path_factory):
-    if helpers.DEVICE.type != "cpu":
-        pytest.skip("one process would compute on the GPU, the two on the CPU")
-    path = tmp_path_factory.mktemp("data") / "data.zip"
-    write_zip(path, samples=[(b, f, 1) for b in range(1, 11) for f in range(1, 11)], size=16)
-    return path
 
 
 def configs(data):
@@ -105,18 +97,6 @@ def test_accelerate_launch_trains_a_saved_config_and_ends_where_it_is_refused(da
     dataclasses.replace(config, lr=0.5).save(tmp_path / "config.json")
     done = launched(tmp_path / "two", helpers.__file__, tmp_path / "config.json")
     assert done.returncode != 0 and "lr was 0.01 and is 0.5" in done.stderr
-
-
-@pytest.mark.parametrize(
-    "given, sentence",
-    [(["none.json"], "No such file"), (["bad.json"], "bad.json holds no Config"), ([], "Give the JSON file")],
-)
-def test_a_command_that_cannot_be_followed_ends_with_a_sentence(given, sentence, tmp_path, monkeypatch):
-    (tmp_path / "bad.json").write_text("no JSON")
-    monkeypatch.setattr(sys, "argv", ["helpers.py", *(str(tmp_path / name) for name in given)])
-    with pytest.raises(SystemExit, match=sentence) as stopped:
-        runpy.run_path(helpers.__file__, run_name="__main__")
-    assert "\n" not in stopped.value.code
 
 
 def main(data, folder):

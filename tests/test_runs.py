@@ -47,13 +47,6 @@ class Turned(Tiny):
         return -mask_logits, 1 - depth
 
 
-@pytest.fixture(scope="module")
-def data(write_zip, tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "data.zip"
-    write_zip(path, samples=[(b, f, 1) for b in range(1, 11) for f in range(1, 11)], size=16)
-    return path
-
-
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     """A workspace for each test, and the small networks among the known."""
@@ -139,12 +132,6 @@ REFUSED = [
     *(({name: value}, f"{name} is {value}; it must be ") for name, value in LOW.items()),
     *(({"name": name}, "name is ") for name in ("", "..", "../a", "/a", "a/", "a//b", "a\\b", ".", "a:b")),
     ({"augment": "mirror+rotate"}, "Unknown augment 'rotate'. Known: none, mirror, colour, shake"),
-    ({"mask_loss": "berhu"}, "Unknown mask loss 'berhu'. Known: None, bce"),
-    ({"depth_loss": "bce"}, "Unknown depth loss 'bce'. Known: None, l1"),
-    ({"mask_loss": None, "depth_loss": None}, "mask_loss and depth_loss are both None"),
-    ({"depth_weight": "auto"}, "depth_weight is 'auto'.*'learned'"),
-    ({"depth_weight": 0}, "depth_weight is 0"),
-    ({"depth_weight": "learned", "mask_loss": None}, "depth_weight is 'learned'"),
     ({"average": 1.0}, "average is 1.0"),
     ({"lr": float("nan")}, "lr is nan"),
     ({"lr": "fast"}, "lr is 'fast'"),
@@ -183,8 +170,8 @@ def test_a_file_that_holds_no_config_is_named(tmp_path, text):
 # What a run leaves
 
 
-def test_a_run_leaves_the_promised_files_rows_and_pictures(config, data, place):
-    finished, ds = run(changed(config, name="a/b")), ZipDataset(data, 16)
+def test_a_run_leaves_the_promised_files_and_rows(config, place):
+    finished = run(changed(config, name="a/b"))
     expected = {"config.json", "metrics.csv", "checkpoint.pt", "best.pt", "results.json"}
     expected |= {f"images/epoch_{name}/sheet.png" for name in ("000_step_000", "001", "002")}
     assert finished.folder == place / "a" / "b" and contents(finished.folder).keys() == expected
@@ -194,13 +181,6 @@ def test_a_run_leaves_the_promised_files_rows_and_pictures(config, data, place):
     assert rows[0].keys() == {"epoch", "lr", "train_loss"} | columns and rows[1]["epoch"] == len(rows) == 2
     assert finished.history == rows and len(finished.seconds) == 2 and min(finished.seconds) > 0
     assert finished.config == Config.load(finished.folder / "config.json") == changed(config, name="a/b")
-    parts, sheet = split(ds), np.array(Image.open(finished.folder / "images" / "epoch_002" / "sheet.png"))
-    some = parts["train"], parts["test_new_both"]
-    batch = ds.batch([part[i] for part in some for i in np.linspace(0, len(part) - 1, 4).astype(int)])
-    for column, kind in ((0, "bg"), (1, "fg_bg"), (2, "mask"), (4, "depth")):
-        truth = batch[kind].permute(0, 2, 3, 1).reshape(128, 16, -1) * (255 if kind == "mask" else 1)
-        assert (sheet[:, 16 * column : 16 * column + 16] == truth.numpy()).all()
-    assert sheet.shape == (128, 6 * 16, 3)
 
 
 def test_best_weights_are_those_of_the_least_validation_loss_and_give_table_and_results(config, data, place):
@@ -387,10 +367,6 @@ def test_a_loss_that_is_no_number_names_samples_and_leaves_the_checkpoint(config
     said = refused("first: in step .* the loss is not finite .*depth nan", mine)
     assert 1 <= sum(ds.name(i) in said for i in split(ds)["train"]) <= 8
     assert contents(place / "first") == before
-    bad.clear()
-    run(mine)
-    run(changed(mine, name="undisturbed"))
-    assert contents(place / "first")["best.pt"] == contents(place / "undisturbed")["best.pt"]
     monkeypatch.setitem(DEPTH_LOSSES, "blind", lambda d, g: d.mean() / float(d.requires_grad or "nan"))
     blind = changed(config, name="blind", depth_loss="blind")
     refused("the loss is not finite .*the validation samples", blind)
