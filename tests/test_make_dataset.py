@@ -182,7 +182,7 @@ def test_the_files_of_the_debian_package(nb, tmp_path, monkeypatch):
         archive.writestr("some/chair.obj", trimesh.creation.box().export(file_type="obj"))
     (name, entry), *others = nb.read_catalogue(tmp_path).items()
     assert name == "Some#chair" and not others and entry.category == "Office" and entry.top == 0.45
-    assert np.ptp(nb.load_mesh(*entry.read(), name, entry.size).box, 0) == pytest.approx([0.5, 0.9, 0.6])
+    assert np.ptp(nb.load_mesh(entry.file, name, entry.size).box, 0) == pytest.approx([0.5, 0.9, 0.6])
 
 
 @pytest.mark.parametrize("make, what", [
