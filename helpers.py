@@ -2040,28 +2040,46 @@ def plot_progress(run: Run, samples: Sequence[int] = (4, 6)) -> Figure:
         rows.append(row)
     return _draw(rows, [task for _ in samples for task in run.config.tasks])
 
+def explore(draw: Callable[..., object], **controls: object) -> None:
+    """Shows in a notebook these ipywidgets and, below them, the figure that `draw` makes with pyplot of their
+    values, anew when one changes. (Their `interact` can hold up notebooks that run without a browser.)"""
+    import ipywidgets
+
+    picture = ipywidgets.Image(format="png", layout={"max_width": "100%"})
+
+    def update(_: object = None) -> None:
+        draw(**{name: control.value for name, control in controls.items()})
+        file = io.BytesIO()
+        plt.savefig(file, bbox_inches="tight")
+        plt.close()
+        picture.value = file.getvalue()
+
+    for name, control in controls.items():
+        control.description = control.description or name
+        control.observe(update, "value")
+    update()
+    display(ipywidgets.VBox([*controls.values(), picture]))
+
 def browse(run: Run) -> None:
-    """Shows in a notebook what `saved_pictures` gives, by ipywidgets: choose a sample, move or play through
-    steps and epochs. Raises as that does."""
-    import ipywidgets as widgets
+    """Shows in a notebook what `saved_pictures` gives: choose a sample, move or play through the epochs.
+    Raises as that does."""
+    import ipywidgets
 
-    saved = saved_pictures(run)
-    names = [f"{part} sample {k}" for part in ("training", "test") for k in (1, 2, 3, 4)]
-    sample = widgets.Dropdown(options=[(name, k) for k, name in enumerate(names)], value=4)
-    moment, play = widgets.IntSlider(max=len(saved) - 1), widgets.Play(max=len(saved) - 1, interval=500)
-    widgets.jslink((play, "value"), (moment, "value"))
-    title, picture = widgets.Label(), widgets.Image(format="png", layout={"max_width": "100%"})
+    saved, columns = saved_pictures(run), _columns(run.config)
+    samples = [f"{part} sample {k}" for part in ("training", "test") for k in (1, 2, 3, 4)]
+    sample = ipywidgets.Dropdown(options=[(name, k) for k, name in enumerate(samples)], value=4)
+    moment, play = ipywidgets.IntSlider(max=len(saved) - 1), ipywidgets.Play(max=len(saved) - 1, interval=700)
+    ipywidgets.jslink((play, "value"), (moment, "value"))
 
-    def show(_: object = None) -> None:
-        label, data = [*saved][moment.value], io.BytesIO()
-        row = Image.fromarray(np.concatenate([*saved[label][sample.value]], 1))
-        row.resize((row.width * 180 // row.height, 180)).save(data, "png")
-        picture.value, title.value = data.getvalue(), f"{label}: {', '.join(_columns(run.config))}"
+    def draw(sample: int, moment: int) -> None:
+        label = [*saved][moment]
+        plt.figure(figsize=(13, 2.6)).suptitle(label)
+        plt.imshow(np.concatenate([*saved[label][sample]], 1))
+        plt.xticks((np.arange(len(columns)) + 0.5) * run.config.size, columns)
+        plt.yticks([])
 
-    for control in (sample, moment):
-        control.observe(show, "value")
-    show()
-    display(widgets.VBox([widgets.HBox([sample, play, moment]), title, picture]))
+    display(play)
+    explore(draw, sample=sample, moment=moment)
 
 if __name__ == "__main__":  # accelerate launch helpers.py CONFIG.json: a saved Config on all GPUs
     if len(sys.argv) != 2:

@@ -201,16 +201,17 @@ def test_plot_progress_shows_input_predictions_and_truth(learned):
 
 
 def test_the_browser_shows_the_sample_and_moment_that_are_chosen(learned, monkeypatch):
-    boxes = []
-    monkeypatch.setattr(helpers, "display", boxes.append)
+    shown, drawn, open_before = [], [], helpers.plt.get_fignums()
+    monkeypatch.setattr(helpers, "display", shown.append)
+    monkeypatch.setattr(helpers.plt, "imshow", drawn.append)
     helpers.browse(learned)
-    (choice, _, moment), title, picture = boxes[0].children[0].children, *boxes[0].children[1:]
-    choice.value, moment.value = 6, 2
-    assert title.value.startswith("epoch 1: bg, fg_bg, mask, mask_predicted")
-    given = np.array(Image.open(io.BytesIO(picture.value)))
-    row = np.concatenate([*helpers.saved_pictures(learned)["epoch 1"][6]], 1)
-    expected = Image.fromarray(row).resize((6 * 180, 180))
-    np.testing.assert_array_equal(given, np.array(expected))
+    (sample, moment, picture), before = shown[1].children, shown[1].children[2].value
+    assert [sample.description, moment.description] == ["sample", "moment"]
+    sample.value, moment.value = 6, 2
+    expected = np.concatenate([*helpers.saved_pictures(learned)["epoch 1"][6]], 1)
+    np.testing.assert_array_equal(drawn[-1], expected)
+    assert len(drawn) == 3 and Image.open(io.BytesIO(picture.value)).width > 800 and picture.value != before
+    assert helpers.plt.get_fignums() == open_before
 
 
 def test_a_notebook_watches_a_run_and_continuous_integration_does_not(learned, tmp_path, monkeypatch):
