@@ -2025,6 +2025,11 @@ def saved_pictures(run: Run) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"{run.folder} holds no pictures; a run saves the first when it begins.")
     return saved
 
+def _saved_cell(sample: np.ndarray, kind: str, title: str, config: Config) -> tuple[str, str, Tensor, str]:
+    """For `_draw`, one of the pictures of a sample that a run has saved."""
+    picture = torch.from_numpy(sample[_columns(config).index(kind)] / 255).permute(2, 0, 1)
+    return title, kind, picture if kind.endswith("bg") else picture[:1], ""
+
 def plot_progress(run: Run, samples: Sequence[int] = (4, 6)) -> Figure:
     """A filmstrip of what `saved_pictures` gives: for each of these samples a row a task, with the input, the
     prediction at up to four moments, and the truth. Raises as that does."""
@@ -2032,12 +2037,8 @@ def plot_progress(run: Run, samples: Sequence[int] = (4, 6)) -> Figure:
     moments = [[*saved][i] for i in np.unique(np.linspace(0, len(saved) - 1, 4).astype(int))]
     for sample, task in itertools.product(samples, run.config.tasks):
         shown = [("fg_bg", "input"), *((f"{task}_predicted", moment) for moment in moments), (task, "truth")]
-        row = []
-        for kind, title in shown:
-            of = saved.get(title, saved[moments[0]])[sample, _columns(run.config).index(kind)]
-            picture = torch.from_numpy(of / 255).permute(2, 0, 1)
-            row.append((title, kind, picture if kind == "fg_bg" else picture[:1], ""))
-        rows.append(row)
+        rows.append([_saved_cell(saved.get(title, saved[moments[0]])[sample], kind, title, run.config)
+                     for kind, title in shown])
     return _draw(rows, [task for _ in samples for task in run.config.tasks])
 
 def explore(draw: Callable[..., object], **controls: object) -> None:
@@ -2065,18 +2066,16 @@ def browse(run: Run) -> None:
     Raises as that does."""
     import ipywidgets
 
-    saved, columns = saved_pictures(run), _columns(run.config)
+    saved = saved_pictures(run)
     samples = [f"{part} sample {k}" for part in ("training", "test") for k in (1, 2, 3, 4)]
     sample = ipywidgets.Dropdown(options=[(name, k) for k, name in enumerate(samples)], value=4)
-    moment, play = ipywidgets.IntSlider(max=len(saved) - 1), ipywidgets.Play(max=len(saved) - 1, interval=700)
-    ipywidgets.jslink((play, "value"), (moment, "value"))
+    moment = ipywidgets.SelectionSlider(options=[*saved])
+    play = ipywidgets.Play(max=len(saved) - 1, interval=700)
+    ipywidgets.jslink((play, "value"), (moment, "index"))
 
-    def draw(sample: int, moment: int) -> None:
-        label = [*saved][moment]
-        plt.figure(figsize=(13, 2.6)).suptitle(label)
-        plt.imshow(np.concatenate([*saved[label][sample]], 1))
-        plt.xticks((np.arange(len(columns)) + 0.5) * run.config.size, columns)
-        plt.yticks([])
+    def draw(sample: int, moment: str) -> None:
+        of = saved[moment][sample]
+        _draw([[_saved_cell(of, kind, kind.replace("_", " "), run.config) for kind in _columns(run.config)]])
 
     display(play)
     explore(draw, sample=sample, moment=moment)
