@@ -2075,7 +2075,8 @@ def browse(run: Run) -> None:
 
     def draw(sample: int, moment: str) -> None:
         of = saved[moment][sample]
-        _draw([[_saved_cell(of, kind, kind.replace("_", " "), run.config) for kind in _columns(run.config)]])
+        titles = {kind: TITLES.get(kind, kind.replace("_", " ")) for kind in _columns(run.config)}
+        _draw([[_saved_cell(of, kind, title, run.config) for kind, title in titles.items()]])
 
     display(play)
     explore(draw, sample=sample, moment=moment)
