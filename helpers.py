@@ -1578,39 +1578,36 @@ def _drive(local: Path) -> SimpleNamespace | None:
 def _copy_for_ever(local: Path, drive: SimpleNamespace) -> None:
     while True:
         before, drive.trouble = drive.trouble, _copy_newer(local, drive.folder, drive, drive.there)
-        if bool(drive.trouble) != bool(before):
-            what = f"fails ({drive.trouble}); work goes on" if drive.trouble else "answers again"
-            tqdm.write(f"Google Drive {what}.")
+        if drive.trouble and not before:
+            tqdm.write(f"Google Drive fails ({drive.trouble}); work goes on.")
         if before and not drive.trouble:
+            tqdm.write("Google Drive answers again.")
             drive.there.clear()  # Drive may have lost what it had not uploaded
         time.sleep(LOOK_AGAIN)
 
 def _copy_newer(source: Path, target: Path, drive: SimpleNamespace, done: dict, name: AnyPath = "") -> str:
-    """Copies what is newer in one folder to the other, the oldest first, and says what went wrong. Of a run,
-    what is newer waits for what is older: its checkpoint must not arrive before its pictures."""
-    failed, trouble = set(), ""
-    try:
-        os.stat(drive.folder.parent)  # where Drive is not mounted, its folders must not be made
-        files = [(file, _changed(file)) for file in _files(source / name)]
-    except OSError as error:
-        return str(error)
-    for file, changed in files:
-        inside = file.relative_to(source)
+    """Copies what is newer in one folder to the other, and says what went wrong. Of a run the oldest comes
+    first, and what is newer waits for it: a checkpoint must not arrive before its pictures."""
+    trouble = ""
+    for entry in [source / name] if name else source.iterdir():
         try:
             os.stat(drive.folder.parent)
-            if inside.parts[0] not in failed and done.get(file) != changed == _changed(file):
-                if changed > _changed(target / inside) + 10**7:  # Drive counts milliseconds
-                    _copy(file, target / inside)
-                done[file] = changed
+            for changed, file in _files(entry):
+                os.stat(drive.folder.parent)  # where Drive is not mounted, its folders must not be made
+                copy = target / file.relative_to(source)
+                if done.get(file) != changed == _changed(file):
+                    if changed > _changed(copy) + 10**7:  # Drive counts milliseconds
+                        _copy(file, copy)
+                    done[file] = changed
         except OSError as error:
-            failed.add(inside.parts[0])
             trouble = str(error)
     return trouble
 
-def _files(folder: Path) -> list[Path]:
-    """The files in a folder, or one file, but for hidden and half-written ones, the oldest first."""
-    files = [folder] if folder.is_file() else [file for file in folder.rglob("*") if file.is_file()]
-    return sorted((f for f in files if f.name[0] != "." and f.suffix != ".part"), key=_changed)
+def _files(folder: Path) -> list[tuple[int, Path]]:
+    """The files in a folder, or one file, and when each was written, the oldest first; none that is hidden or
+    half-written."""
+    files = [file for file in (folder, *folder.rglob("*")) if file.is_file()]
+    return sorted((_changed(file), file) for file in files if file.name[0] != "." and file.suffix != ".part")
 
 def _changed(path: Path) -> int:
     """When a file was last written, in ns; 0 where there is none."""
@@ -1645,7 +1642,7 @@ def drive_report(patience: float = 600) -> str:
         goes = f", {local}, and goes with this machine: download it" if in_colab() else ""
         return f"Nothing is copied to Google Drive. What was made is in the workspace{goes}."
     there = drive.there
-    while (missing := [f for f in _files(local) if there.get(f) != _changed(f)]) and time.monotonic() < until:
+    while (missing := [f for at, f in _files(local) if there.get(f) != at]) and time.monotonic() < until:
         time.sleep(0.1)
     if missing:
         names = ", ".join(file.relative_to(local).as_posix() for file in missing)
@@ -1765,20 +1762,19 @@ def _fit_light(bg: np.ndarray, fg_bg: np.ndarray, inside: np.ndarray) -> tuple[n
         good = differences <= np.quantile(differences, 0.6)
     return gain, bias, float(differences[good].mean())
 
-def _answers(model: nn.Module, bg: np.ndarray, photo: np.ndarray, align: bool) -> dict[str, np.ndarray]:
-    """The mask and the depth of a photo, uint8 (H, W), 255 the object and the far end, as far as the network
-    was trained for them."""
-    bg = align_background(bg, photo) if align else bg
-    answers = predict(model, *(torch.from_numpy(of).permute(2, 0, 1) for of in (bg, photo)))
-    answers = zip(KINDS[2:], (of[0, 0].mul(255).round().byte().cpu().numpy() for of in answers), strict=True)
-    return {task: of for task, of in answers if task in getattr(model, "tasks", KINDS)}
-
 def _refuse_existing(files: Iterable[Path], overwrite: bool) -> None:
     if there := [str(file) for file in files if file.exists() and not overwrite]:
         raise FileExistsError(f"{', '.join(there)}: there already. Give another folder, or overwrite=True.")
 
-def _save_answers(answers: dict[str, np.ndarray], place: Path, overwrite: bool) -> dict[str, Path]:
-    """Writes `<place>_mask.png` and `<place>_depth.png`; gives their paths."""
+def _answer(model: nn.Module, bg: np.ndarray, photo: np.ndarray, align: bool, place: Path,
+            overwrite: bool) -> tuple[dict[str, np.ndarray], dict[str, Path]]:
+    """The mask and the depth of a photo, uint8 (H, W), 255 the object and the far end, as far as the network
+    was trained for them; and the files where they are written, `<place>_mask.png` and `<place>_depth.png`."""
+    bg = align_background(bg, photo) if align else bg
+    found = predict(model, *(torch.from_numpy(of).permute(2, 0, 1) for of in (bg, photo)))
+    tasks = getattr(model, "tasks", KINDS)
+    found = {task: of for task, of in zip(KINDS[2:], found, strict=True) if task in tasks}
+    answers = {task: of[0, 0].mul(255).round().byte().cpu().numpy() for task, of in found.items()}
     files = {task: place.with_name(f"{place.name}_{task}.png") for task in answers}
     _refuse_existing(files.values(), overwrite)
     try:
@@ -1787,7 +1783,7 @@ def _save_answers(answers: dict[str, np.ndarray], place: Path, overwrite: bool) 
             Image.fromarray(answers[task]).save(file)
     except OSError as error:
         raise OSError(f"{place.parent} cannot be written ({error}). Give another folder.") from error
-    return files
+    return answers, files
 
 class Prediction(NamedTuple):
     """What `predict_images` gives: its files, None for a task not trained, and a figure."""
@@ -1809,13 +1805,11 @@ def predict_images(weights: AnyPath | nn.Module, bg: AnyPath, image: AnyPath, fo
     if abs(np.log(bg_width * height / (bg_height * width))) > (0.2 if align else 0.02):
         shapes = f"{bg} has {bg_width} x {bg_height} pixels and {image} {width} x {height}"
         raise ValueError(f"{shapes}: not the same view. Take both photos from one place, and cut them alike.")
-    answers = _answers(model, *photos, align)
-    files = _save_answers(answers, Path(folder or image.parent) / image.stem, overwrite)
+    answers, files = _answer(model, *photos, align, Path(folder or image.parent) / image.stem, overwrite)
     step = max(1, max(height, width) // 800)  # a figure needs no more pixels
-    pictures = {"bg": photos[0], "fg_bg": photos[1]} | {task: of[..., None] for task, of in answers.items()}
-    row = [(TITLES.get(kind, kind), kind, torch.from_numpy(of[::step, ::step] / 255).permute(2, 0, 1), "")
-           for kind, of in pictures.items()]
-    figure = _draw([row])
+    shown = {"bg": photos[0], "fg_bg": photos[1]} | {task: of[..., None] for task, of in answers.items()}
+    shown = {kind: torch.from_numpy(of[::step, ::step] / 255).permute(2, 0, 1) for kind, of in shown.items()}
+    figure = _draw([[_cell(shown, kind) for kind in shown]])
     plt.close(figure)  # else pyplot would keep it
     return Prediction(files.get("mask"), files.get("depth"), figure)
 
@@ -1827,9 +1821,14 @@ def predict_folder(weights: AnyPath | nn.Module, bg: AnyPath, source: AnyPath, f
     source, film = _found(source, "Give a folder of photos, or a video."), Path(folder) / "overlay.mp4"
     _refuse_existing([film], overwrite)
     part, video = film.with_name("overlay.part.mp4"), None
-    for name, photo in tqdm(_shots(source), unit="picture", file=sys.stdout, leave=False):
-        answers = _answers(model, background, photo, align)
-        _save_answers(answers, film.with_name(name), overwrite)
+    if source.is_dir():
+        shots = ((path.stem, open_photo(path)) for path in sorted(source.glob("[!.]*")) if path.is_file())
+    else:
+        frames = iter(cv2.VideoCapture(str(source)).read, (False, None))
+        photos = (cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) for _, frame in frames)
+        shots = ((f"frame_{number:06}", photo) for number, photo in enumerate(photos, 1))
+    for name, photo in tqdm(shots, unit="picture", file=sys.stdout, leave=False):
+        answers, _ = _answer(model, background, photo, align, film.with_name(name), overwrite)
         if video is None:
             size = photo.shape[1] // 2 * 2, photo.shape[0] // 2 * 2
             video = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"mp4v"), 12, size)
@@ -1841,17 +1840,6 @@ def predict_folder(weights: AnyPath | nn.Module, bg: AnyPath, source: AnyPath, f
     video.release()
     os.replace(part, film)
     return film
-
-def _shots(source: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The photos in a folder, or the frames of a video, one after the other, with a name for each."""
-    for path in sorted(path for path in source.glob("[!.]*") if path.is_file()):  # of a video none
-        yield path.stem, open_photo(path)
-    frames = cv2.VideoCapture(str(source)) if source.is_file() else None
-    for number in itertools.count(1) if frames else ():
-        read, frame = frames.read()
-        if not read:
-            return
-        yield f"frame_{number:06}", cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 # ---------- Pictures ----------------------------------------------------------------------------------------
 
@@ -2031,13 +2019,12 @@ def plot_progress(run: Run, samples: Sequence[int] = (4, 6)) -> Figure:
     saved, rows = saved_pictures(run), []
     moments = [[*saved][i] for i in np.unique(np.linspace(0, len(saved) - 1, 4).astype(int))]
     for sample, task in itertools.product(samples, run.config.tasks):
-        shown = [("fg_bg", "input"), *((f"{task}_predicted", moment) for moment in moments), (task, "truth")]
-        row = []
-        for kind, title in shown:
+        shown = {"input": "fg_bg"} | dict.fromkeys(moments, f"{task}_predicted") | {"truth": task}
+        rows.append([])
+        for title, kind in shown.items():
             of = saved.get(title, saved[moments[0]])[sample, _columns(run.config).index(kind)]
-            picture = torch.from_numpy(of / 255).permute(2, 0, 1)
-            row.append((title, kind, picture if kind == "fg_bg" else picture[:1], ""))
-        rows.append(row)
+            picture = torch.from_numpy(of / 255).permute(2, 0, 1)[: CHANNELS.get(kind, 1)]
+            rows[-1].append((title, kind, picture, ""))
     return _draw(rows, [task for _ in samples for task in run.config.tasks])
 
 def browse(run: Run) -> None:
