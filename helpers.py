@@ -245,22 +245,17 @@ def _list_files(path: Path) -> tuple[list[str], list, str]:
             warnings.warn(f"{path}: its pictures are read, and {beside} beside them is not.", stacklevel=3)
             archives = []
         loose = [name for name in loose if not archives or name.endswith(".csv")]
-    names, places, checksums = [], [], []
-
-    def take(name: str, place: object, checksum: int) -> None:
-        if not LITTER.search(name):
-            names.append(unicodedata.normalize("NFC", name))
-            places.append(place)
-            checksums.append(checksum)
-
+    # For checksums of loose files all would be read: sizes tell whether they have changed.
+    files = [(name, path / name, (path / name).stat().st_size % 2**32) for name in loose]
     for archive in map(_open_zip, archives):
         around = "" if path.is_file() else f"{Path(archive.filename).stem}/"
-        for info in archive.infolist():
-            take(around + info.filename.replace("\\", "/"), (archive, info), info.CRC)
-    for name in loose:  # for checksums all would be read: sizes tell whether they have changed
-        take(name, path / name, (path / name).stat().st_size % 2**32)
-    if not names:
+        inside = [(info.filename.replace("\\", "/"), info) for info in archive.infolist()]
+        files += [(around + name, (archive, info), info.CRC) for name, info in inside]
+    files = [file for file in files if not LITTER.search(file[0])]
+    if not files:
         raise ValueError(f"{path} holds no files. A data set has pictures: bg, fg_bg, mask and depth.")
+    names, places, checksums = map(list, zip(*files, strict=True))
+    names = [unicodedata.normalize("NFC", name) for name in names]
     content = np.array(checksums, np.uint32).tobytes()
     content += "\n".join([*names, ""]).encode("utf-8", "surrogateescape")
     return names, places, hashlib.blake2b(content, digest_size=8).hexdigest()
@@ -493,12 +488,8 @@ class ZipDataset(torch.utils.data.Dataset):
 
     def _decode(self, kind: str, files: np.ndarray) -> np.ndarray:
         """These files' pictures, (len(files), size, size, channels), decoded by all cores."""
-        def share(some: np.ndarray) -> np.ndarray:
-            return np.stack([self._picture(kind, file) for file in some.tolist()])
-
-        shares = np.array_split(files, min(len(files), os.cpu_count()))
-        at_once = _pool(os.getpid()).map if len(shares) > 1 else map
-        pictures = np.concatenate(list(at_once(share, shares)))
+        at_once = _pool(os.getpid()).map if len(files) > 1 else map
+        pictures = np.stack([*at_once(functools.partial(self._picture, kind), files.tolist())])
         return 255 - pictures if kind == "depth" and self.depth_near == "bright" else pictures
 
     def _picture(self, kind: str, file: int) -> np.ndarray:
@@ -596,10 +587,8 @@ class PairNetwork(nn.Module):
         mask_logits, depth = self.both(bg, fg_bg)
         return mask_logits, depth.sigmoid()
 
-def conv(
-    inputs: int, outputs: int, size: int = 3, stride: int = 1,
-    bias: bool = False, norm: bool = True, relu: bool = True,
-) -> list[nn.Module]:
+def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1, bias: bool = False, norm: bool = True,
+         relu: bool = True) -> list[nn.Module]:
     """Convolution and, if asked for, batch norm and ReLU."""
     layers = [nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=bias)]
     layers += [nn.BatchNorm2d(outputs)] if norm else []
@@ -1105,9 +1094,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 CHOICES = {"split": ("unseen", "image"), "defects": ("stop", "leave_out"), "depth_near": ("dark", "bright")}
 CHOICES |= {"model": MODELS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
 CHOICES |= {"precision": ("auto", *PRECISIONS)}
-LEAST = {"size": 11, "batch_size": 1, "epochs": 1, "lr": 1e-12}  # SSIM, one of the metrics, needs 11 pixels
-LEAST |= dict.fromkeys(("subset", "max_train", "max_test", "min_steps", "clip_norm", "weight_decay"), 0)
-LEAST |= {"average": 0, "checkpoint_minutes": 0}
+LEAST = {"size": 11, "batch_size": 1, "epochs": 1, "lr": 1e-12}  # of other numbers 0; SSIM needs 11 pixels
 OURS = [*MODELS.values(), *MASK_LOSSES.values(), *DEPTH_LOSSES.values()]  # a run knows others by their code
 Results = dict[str, dict[str, float]]  # part of the split -> metric -> mean over its pictures
 
@@ -1144,14 +1131,15 @@ class Config:
     seed: int = 0  # of the first weights, the data order and the augmentation
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():  # numpy's numbers, and paths, as JSON holds them
-            value = value.item() if isinstance(value, np.generic) else value
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            value = value.item() if isinstance(value, np.generic) else value  # as JSON holds it
             object.__setattr__(self, name, str(value) if isinstance(value, Path) else value)
             if name in CHOICES:
                 _known(value, CHOICES[name], name)
-            most = 1 if name == "average" else np.inf
-            if name in LEAST and not (isinstance(value, int | float) and LEAST[name] <= value < most):
-                raise ValueError(f"{name} is {value!r}; it must be {LEAST[name]} or more, average below 1.")
+            least, most = LEAST.get(name, 0), 1 if name == "average" else np.inf
+            if field.type in (int, float) and not (isinstance(value, int | float) and least <= value < most):
+                raise ValueError(f"{name} is {value!r}; it must be {least} or more, average below 1.")
         if not all(part.strip(". ") and not set(part) & set('\\:*?"<>|') for part in self.name.split("/")):
             raise ValueError(f"name is {self.name!r}; it must be a path of folders, such as losses/dice.")
         for name in self.augment.split("+"):
@@ -1206,27 +1194,31 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         accelerate.PartialState(cpu=not GPU)
     first, folder = _processes()[0] == 0, fetch(config.name)
-    with _locked(folder) if first else contextlib.nullcontext(), torch.random.fork_rng():
-        how = {"depth_near": config.depth_near, "defects": config.defects}
-        ds = ZipDataset(data_zip(config.data), config.size, **how)
-        for task in set(config.tasks) - set(ds.kinds):
-            raise ValueError(f"{ds.path} has no {task} pictures. Set {task}_loss=None, or take another zip.")
-        ds.kinds = ("bg", "fg_bg", *config.tasks)
-        settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint, "code": _own_code(config)}
-        _refuse_another(folder, settings)
-        if (folder / "results.json").exists():
-            if not quiet:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try:
+        with lock if first else contextlib.nullcontext(), torch.random.fork_rng():
+            how = {"depth_near": config.depth_near, "defects": config.defects}
+            ds = ZipDataset(data_zip(config.data), config.size, **how)
+            for task in set(config.tasks) - set(ds.kinds):
+                what = f"no {task} pictures. Set {task}_loss=None, or take another zip"
+                raise ValueError(f"{ds.path} has {what}.")
+            ds.kinds = ("bg", "fg_bg", *config.tasks)
+            settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint, "code": _own_code(config)}
+            _refuse_another(folder, settings)
+            if not (folder / "results.json").exists():
+                parts, model = parts_of(config, ds), _begin(config)
+                if first:
+                    _write(folder / "config.json", json.dumps(settings, indent=1))
+                _train(config, ds, parts, model, folder, stop_after, quiet or not first)
+            elif not quiet:
                 print(f"{config.name}: finished before, read from its folder")
             return read_run(folder)
-        parts, model = parts_of(config, ds), _begin(config)
-        if first:
-            _write(folder / "config.json", json.dumps(settings, indent=1))
-        try:
-            _train(config, ds, parts, model, folder, stop_after, quiet or not first)
-        except torch.OutOfMemoryError as error:
-            remedy = f"Set batch_size={config.batch_size // 2 or 1} or a smaller size, under another name"
-            raise MemoryError(f"{config.name}: a batch does not fit into memory. {remedy}.") from error
-        return read_run(folder)
+    except filelock.Timeout:
+        raise RuntimeError(f"Another program is at the run {folder}. Wait, or take another name.") from None
+    except torch.OutOfMemoryError as error:
+        remedy = f"Set batch_size={config.batch_size // 2 or 1} or a smaller size, under another name"
+        raise MemoryError(f"{config.name}: a batch does not fit into memory. {remedy}.") from error
 
 def _own_code(config: Config) -> dict[str, str]:
     """A hash of the source of a network or loss of one's own: edited, it makes another run."""
@@ -1246,26 +1238,15 @@ def _own_code(config: Config) -> dict[str, str]:
 
 def _refuse_another(folder: Path, settings: dict) -> None:
     """Raises ValueError where the folder holds a run of other settings, or of data of other content."""
-    if not (folder / "config.json").exists():
-        return
-    theirs = dataclasses.asdict(Config("any")) | json.loads((folder / "config.json").read_text())
+    theirs, place = settings, folder / "config.json"
+    if place.exists():
+        theirs = dataclasses.asdict(Config("any")) | {"code": {}} | json.loads(place.read_text())
     for key, now in settings.items():
-        was = theirs.get(key, {})
+        was = theirs.get(key)
         if was != now and key not in ("data", "checkpoint_minutes"):
             what = "the code of a loss or network of your own, now edited," if key == "code" else key
-            remedy = f"Take another name, or delete {folder}."
-            name = settings["name"]
-            raise ValueError(f"The run {name!r} exists, but {what} was {was!r} and is {now!r}. {remedy}")
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other programs away from a run. Raises RuntimeError where one is at it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
-            yield
-    except filelock.Timeout:
-        raise RuntimeError(f"Another program is at the run {folder}. Wait, or take another name.") from None
+            change = f"{what} was {was!r} and is {now!r}. Take another name, or delete {folder}."
+            raise ValueError(f"The run {settings['name']!r} exists, but {change}")
 
 def parts_of(config: Config, ds: ZipDataset) -> dict[str, np.ndarray]:
     """The split that a run of this Config uses, cut to its `subset`, `max_train` and `max_test`. Raises
@@ -1966,8 +1947,7 @@ def _save_images(folder: Path, state: dict, ds: ZipDataset, parts: dict, config:
     for indices in (parts["train"], parts[last]):
         shown = indices[np.linspace(0, len(indices) - 1, 4).astype(int)]
         for sample in _predictions(_kept(state), ds, shown, config.precision):
-            kinds = [f"{kind}{of}" for kind in ds.kinds for of in ("", "_predicted")]
-            rows.append(torch.cat([sample[kind].expand(3, -1, -1) for kind in kinds if kind in sample], 2))
+            rows.append(torch.cat([sample[kind].expand(3, -1, -1) for kind in _columns(config)], 2))
     sheet = torch.cat(rows, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
     epoch = len(state["history"])
     name = f"epoch_{epoch:03}" if epoch else f"epoch_000_step_{state['step']:03}"
