@@ -1,10 +1,8 @@
 """What the notebooks share: the data in a zip, networks, losses, metrics, runs that can be resumed, pictures.
 
 One network looks at two pictures, a background (`bg`) and the same scene with an object in it (`fg_bg`), and
-predicts two, the object's `mask` and the scene's `depth`; always in this order. Tensors are NCHW. Pictures
-are uint8 when stored, float in [0, 1] at the network; a mask is 0 or 1; depth is in [0, 1] and grows with
-distance.
-"""
+predicts two, the object's `mask` and the scene's `depth`; always in this order. Tensors are NCHW, uint8 when
+stored, float in [0, 1] at the network; a mask is 0 or 1; depth is in [0, 1] and grows with distance."""
 
 import contextlib
 import ctypes
@@ -93,14 +91,13 @@ def workspace() -> Path:
     return folder
 
 def data_zip(path: AnyPath = "") -> Path:
-    """The data set to use: `path` if given, else the environment variable DATA_ZIP, else the zip that
-    notebook 00 made in the workspace; where there is none, at full scale one is drawn, at quick scale it is
-    the project's sample. A folder may stand for a zip. From Drive, which is slow, a zip is copied to the
-    local disk. Raises FileNotFoundError."""
+    """The data set to use: `path`, else the environment variable DATA_ZIP, else what notebook 00 made in the
+    workspace, at full scale drawn if need be, else the project's sample. A folder may stand for a zip; a zip
+    on Drive, which is slow, is copied to the local disk. Raises FileNotFoundError."""
     given = str(path) or os.environ.get("DATA_ZIP", "")
     if not given:
         made = fetch("scenes.zip")
-        if SCALE == "full" and not made.exists():
+        if SCALE == "full":
             with filelock.FileLock(made.with_name(".scenes.lock")):  # of several processes one draws
                 if not made.exists():
                     print("There is no data set yet: notebook 00 draws one, which takes some minutes.")
@@ -524,8 +521,8 @@ def _pool(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
 
 def check(path: AnyPath, layout: str | None = None) -> dict[str, str]:
-    """Reads a data set from first to last, prints what it holds and what is wrong, and gives the defects,
-    {file name: what is wrong with it}. Raises FileNotFoundError or ValueError for what is no data set."""
+    """Reads a data set, prints what it holds, and gives its defects, {file name: what is wrong with it}.
+    Raises FileNotFoundError, and ValueError for what is no data set."""
     ds = ZipDataset(path, layout=layout, defects="leave_out")
     objects = len(np.unique(ds.fg_id)) if (ds.fg_id >= 0).all() else "an unknown number of"
     print(f"{ds.path.name}, layout {ds.layout}: {len(ds.names):,} files, {len(ds):,} samples of", *ds.kinds)
@@ -554,9 +551,8 @@ def split(ds: ZipDataset, by: str = "unseen", seed: int = 0) -> dict[str, np.nda
     "image" is the random 70/15/15 of the reports: `train`, `valid`, `test`. "unseen" divides backgrounds
     70/15/15 into training, validation and test ones, and objects likewise. Of training backgrounds with
     training objects `train` has 80 %, `valid` and `test_seen` 10 % each; `test_new_bg`, `test_new_fg`,
-    `test_new_both` have a test one instead; `valid_new` has a validation one and no test one. Unknown ids,
-    and a single one, count as training. Ids are placed by multiples of the golden ratio, samples by a hash of
-    their names: none moves when others come."""
+    `test_new_both` have a test one instead; `valid_new` has a validation one and no test one. Unknown and
+    single ids count as training. None moves when others come: ids go by the golden ratio, samples by name."""
     if by == "image":
         order = np.random.default_rng(seed).permutation(len(ds))
         parts = map(np.sort, np.split(order, [round(0.7 * len(ds)), round(0.85 * len(ds))]))
@@ -575,8 +571,8 @@ def split(ds: ZipDataset, by: str = "unseen", seed: int = 0) -> dict[str, np.nda
 # Each: mask_logits, depth = model(bg, fg_bg), both (N, 1, H, W), depth in [0, 1]; `stride` divides H and W.
 
 class PairNetwork(nn.Module):
-    """What the networks share: `both` makes, of the two pictures, the mask's logits and the depth's. Raises
-    ValueError where the network's strides do not divide the pictures' size."""
+    """What the networks share: `both` gives the logits of mask and depth. Raises ValueError where `stride`
+    does not divide the pictures' size."""
     stride = 1
 
     def forward(self, bg: Tensor, fg_bg: Tensor) -> tuple[Tensor, Tensor]:
@@ -1058,8 +1054,7 @@ def jitter_colours(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def shake(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What happens between two shots from a hand, each to some samples: bg moves by up to 2.5 pixels of 192,
     seldom by 8 and 3 degrees; its light changes by up to 40 %, its colours from warm to cold by 20 %; a soft
-    shadow falls on fg_bg; both get blur, noise and JPEG. Else all is object where the background is slightly
-    off (Lin et al., Background Matting V2, 2020)."""
+    shadow falls on fg_bg; both get blur, noise and JPEG. After Lin et al., Background Matting V2, 2020."""
     bg, draw = batch["bg"], torch.rand(2, len(batch["bg"]), 1, 1, 1, device=batch["bg"].device)
     for degrees, pixels, p in ((1.0, 2.5, 0.3), (3.0, 8.0, 0.1)):
         bg = K.RandomAffine(degrees, (pixels / 192, pixels / 192), padding_mode="border", p=p)(bg)
@@ -1185,10 +1180,8 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     The run is the folder `<workspace>/<name>/`. Not there, it is started; cut off at whatever moment, it goes
     on from its last checkpoint, on a CPU to the same bits as if it never had been; finished, it is read. In
     it: config.json, metrics.csv and timing.csv (a row an epoch), checkpoint.pt, best.pt (the weights of the
-    least validation loss), results.json (what those are worth on all but the training samples), and images
-    after each epoch and the first steps. It leaves off after `stop_after` epochs, as if cut off there; a
-    notebook shows how far it is, unless `quiet`. Processes that accelerate has started train together.
-
+    least validation loss), results.json (what those are worth on other samples), and images. It leaves off
+    after `stop_after` epochs, as if cut off there. Processes that accelerate has started train together.
     Raises ValueError where the folder holds another run, and for data, losses and networks that do not fit;
     RuntimeError where another program is at this run; MemoryError."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -1308,8 +1301,7 @@ def score(model: nn.Module, ds: ZipDataset, parts: dict[str, np.ndarray], precis
     return {part: pd.DataFrame(of).astype(float).mean().to_dict() for part, of in values.items()}
 
 def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
-    """`run` for lists of Configs, such as one for each seed, with one progress bar. The checkpoints of
-    finished runs are deleted: those of a long list would fill a Drive."""
+    """`run` for lists of Configs, such as one for each seed. Checkpoints, which would fill a Drive, go."""
     runs = {label: [] for label in configs}
     todo = [(label, config) for label, several in configs.items() for config in several]
     for label, config in tqdm(todo, unit=" runs", leave=False, file=sys.stdout):
@@ -1461,8 +1453,7 @@ def _refuse_not_finite(config: Config, state: dict, samples: Iterable[str]) -> N
         raise ValueError(f"{where} {some}. Try a smaller lr, under another name.")
 
 def _end_epoch(config, ds, parts, folder, state, seconds, quiet, show) -> None:
-    """Measures on the validation samples, and writes down what the epoch has brought; the checkpoint last, so
-    that a kill in between repeats the epoch."""
+    """Measures and writes what the epoch has brought, the checkpoint last: a kill before it repeats all."""
     measured = _kept(state)
     # Learned weights change from epoch to epoch; epochs are compared by weights that do not.
     learned = config.depth_weight == "learned"
@@ -1585,8 +1576,7 @@ def _copy_newer(source: Path, target: Path, drive: SimpleNamespace, done: dict, 
     return trouble
 
 def _files(folder: Path) -> list[tuple[int, Path]]:
-    """The files in a folder, or one file, and when each was written, the oldest first; none that is hidden or
-    half-written."""
+    """When each file of a folder, or one file, was written, the oldest first; no hidden, no half-written."""
     files = [file for file in (folder, *folder.rglob("*")) if file.is_file()]
     return sorted((_changed(file), file) for file in files if file.name[0] != "." and file.suffix != ".part")
 
@@ -1604,8 +1594,7 @@ def _copy(source: Path, target: Path) -> None:
         os.replace(part, target)
 
 def fetch(name: AnyPath) -> Path:
-    """The place of a file or folder in the workspace, after what is newer on Drive was brought there. Where
-    Drive fails or hangs, a line says so."""
+    """The place of a file or folder in the workspace, after what is newer on Drive was brought there."""
     local, brought = workspace(), []
     if drive := _drive(local):
         bring = functools.partial(_copy_newer, drive.folder, local, drive, {}, name)
@@ -1636,10 +1625,9 @@ def drive_report(patience: float = 600) -> str:
 WEIGHTS = ROOT / "assets" / "difference_unet.pt"  # the project's, trained on drawn scenes at 192 pixels
 
 def load_model(weights: AnyPath = "") -> nn.Module:
-    """A trained network in float32, ready to predict, with its `name` in MODELS, the `size` in pixels and the
-    `tasks` that it was trained on. `weights` is the folder of a run, its best.pt, or a state dict of a
-    network in MODELS, known by its shapes and taken for one of 192 pixels; empty: the project's. Raises
-    FileNotFoundError, and ValueError for what holds no such weights."""
+    """A trained network in float32, ready to predict, with its `name` in MODELS, and the `size` and `tasks`
+    it was trained on. `weights` is the folder of a run, its best.pt, or a state dict known by its shapes,
+    of 192 pixels; empty: the project's. Raises FileNotFoundError, ValueError for no weights."""
     path = _found(weights or WEIGHTS, "Give the folder of a run, or a file of weights.")
     path = _found(path / "best.pt", "The run has finished no epoch yet.") if path.is_dir() else path
     state, beside = _load_state(path), path.parent / "config.json"
@@ -1661,8 +1649,7 @@ def load_model(weights: AnyPath = "") -> nn.Module:
 def predict(model: nn.Module, bg: Tensor, fg_bg: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
     """The mask, 0 or 1, and the depth in [0, 1] of pictures of any size, as large as `fg_bg`: (N, 1, H, W) on
     DEVICE. `bg` and `fg_bg` are (N, 3, H, W) or (3, H, W), float in [0, 1] or uint8; the network sees them at
-    `size` pixels a side, by default its own. Raises ValueError for other pictures, and sizes that its strides
-    do not divide."""
+    `size` pixels a side, by default its own. Raises ValueError for other pictures and sizes."""
     side, small = size or getattr(model, "size", 192), []
     for pictures in (bg, fg_bg):
         pictures = (pictures[None] if pictures.dim() == 3 else pictures).to(DEVICE)
@@ -1685,9 +1672,8 @@ def open_photo(path: AnyPath) -> np.ndarray:
 
 def align_background(bg: np.ndarray, fg_bg: np.ndarray) -> np.ndarray:
     """`bg` as it would look from where `fg_bg` was taken and in its light, as large as `fg_bg`; what it does
-    not show is taken from `fg_bg`. Both are photos of one place, uint8 (H, W, 3). Of the motions that come
-    into question the one is taken after which the photos differ least; none, unless another is clearly
-    better."""
+    not show is taken from `fg_bg`. Both are photos of one place, uint8 (H, W, 3). It moves by what makes the
+    photos differ least, and not at all unless that is clearly better."""
     height, width = fg_bg.shape[:2]
     bg = cv2.resize(bg, (width, height), interpolation=cv2.INTER_AREA)
     scale, least = min(1, 480 / max(height, width)), np.inf
@@ -1728,8 +1714,7 @@ def _motions(grey: list[np.ndarray]) -> Iterator[np.ndarray]:
         return
 
 def _fit_light(bg: np.ndarray, fg_bg: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Gain and bias of each channel, (3,) each, by which `bg` comes nearest to `fg_bg` in the 60 % of its
-    pixels that fit best, and the mean difference there."""
+    """Gain and bias of each channel, and the mean difference of the 60 % of pixels that then fit best."""
     x, y = (cv2.blur(of, (3, 3))[::3, ::3][inside[::3, ::3]].astype(np.float32) for of in (bg, fg_bg))
     gain, bias, good = np.ones(3), np.zeros(3), np.ones(len(x), bool)
     for _ in range(4):
@@ -1777,9 +1762,8 @@ def predict_images(weights: AnyPath | nn.Module, bg: AnyPath, image: AnyPath, fo
     """From two photos, of a place and of the same place with an object, the mask and the depth, by a network
     or the weights of one: `<image>_mask.png` and `<image>_depth.png`, grey, of the image's size, 255 the
     object and the far end, in the folder, by default the image's; over what is there only with `overwrite`.
-    Photos from a hand are first brought into line, unless told not to `align`.
-    Raises FileNotFoundError, FileExistsError, OSError where the folder cannot be written, and ValueError for
-    what is no picture or no weights, and for photos of different shape."""
+    Photos from a hand are first brought into line, unless told not to `align`. Raises FileNotFoundError,
+    FileExistsError, OSError for the folder, ValueError for no picture, no weights, and unlike shapes."""
     model, image = weights if isinstance(weights, nn.Module) else load_model(weights), Path(image)
     photos = [open_photo(path) for path in (bg, image)]
     (bg_height, bg_width), (height, width) = (photo.shape[:2] for photo in photos)
@@ -1796,8 +1780,8 @@ def predict_images(weights: AnyPath | nn.Module, bg: AnyPath, image: AnyPath, fo
 
 def predict_folder(weights: AnyPath | nn.Module, bg: AnyPath, source: AnyPath, folder: AnyPath,
                    overwrite: bool = False, align: bool = True) -> Path:
-    """What `predict_images` writes, for every photo of a folder or every frame of a video; and a video in
-    which the object is red: its path. One picture is in memory at a time. Raises as `predict_images` does."""
+    """What `predict_images` writes, for every photo of a folder or every frame of a video, and a video in
+    which the object is red: its path. Raises as `predict_images` does."""
     model, background = weights if isinstance(weights, nn.Module) else load_model(weights), open_photo(bg)
     source, film = _found(source, "Give a folder of photos, or a video."), Path(folder) / "overlay.mp4"
     _refuse_existing([film], overwrite)
@@ -1940,9 +1924,8 @@ def results_table(results: dict[str, Results | list[Results]],
 FIRST_STEPS = (0, 10, 30, 100, 300)  # after so many steps of the first epoch, too, pictures are saved
 
 def _save_images(folder: Path, state: dict, ds: ZipDataset, parts: dict, config: Config) -> np.ndarray:
-    """Saves and gives a sheet of pictures, 8 bit as they are: a row for each of four training samples and
-    four of the last part, which has least in common with them; inputs, then of each task truth and
-    prediction."""
+    """Saves and gives a sheet of pictures, 8 bit as they are, `_columns` side by side: a row for each of four
+    training samples and four of the last part, which has least in common with them."""
     rows, last = [], [part for part, indices in parts.items() if len(indices)][-1]
     for indices in (parts["train"], parts[last]):
         shown = indices[np.linspace(0, len(indices) - 1, 4).astype(int)]
@@ -1960,8 +1943,8 @@ def _columns(config: Config) -> list[str]:
     return ["bg", "fg_bg", *(f"{task}{of}" for task in config.tasks for of in ("", "_predicted"))]
 
 def _live_view(config: Config, quiet: bool) -> Callable[[dict, np.ndarray], None]:
-    """In a notebook, a display of a run's curves and of three of its predictions on the hardest part, which
-    the function that this gives brings up to date. None if `quiet`, and in continuous integration."""
+    """What brings a notebook's display of a run up to date: its curves, three predictions on the last part.
+    None is shown if `quiet`, and in continuous integration."""
     if quiet or "CI" in os.environ or not hasattr(get_ipython(), "kernel"):
         return lambda state, sheet: None
     handle, columns = display(f"{config.name} begins", display_id=True), _columns(config)
@@ -2008,8 +1991,7 @@ def plot_progress(run: Run, samples: Sequence[int] = (4, 6)) -> Figure:
     return _draw(rows, [task for _ in samples for task in run.config.tasks])
 
 def browse(run: Run) -> None:
-    """Shows in a notebook what `saved_pictures` gives, by ipywidgets: choose a sample, move or play through
-    steps and epochs. Raises as that does."""
+    """Shows in a notebook what `saved_pictures` gives: choose a sample, play through steps and epochs."""
     import ipywidgets as widgets
 
     saved = saved_pictures(run)
