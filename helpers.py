@@ -22,7 +22,7 @@ import time
 import unicodedata
 import warnings
 import zipfile
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -339,14 +339,13 @@ def _match_table(names: Sequence[str], table: bytes, defects: dict[str, str]) ->
     lines = pd.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False)
     if lines.shape[1] != 4:
         raise ValueError(f"its table has {lines.shape[1]} columns, not the 4 of bg, fg_bg, mask and depth.")
-    files = defaultdict(list)
-    for i, name in enumerate(names):
-        files[name.lower().rpartition("/")[2]].append(i)
+    ends = [name.lower().split("/")[::-1] for name in names]
+    files = pd.Series(range(len(names))).groupby([end[0] for end in ends]).groups
 
     def find(path: str) -> int:
         parts = path.strip().lower().split("/")[::-1]
-        alike = {i: os.path.commonprefix([parts, names[i].lower().split("/")[::-1]]) for i in files[parts[0]]}
-        best = [i for i in alike if len(alike[i]) == max(map(len, alike.values()))]
+        alike = {i: len(os.path.commonprefix([parts, ends[i]])) for i in files.get(parts[0], ())}
+        best = [i for i in alike if alike[i] == max(alike.values())]
         if path.strip() and len(best) != 1:
             defects[path] = f"of the table is in the data set {'more than once' if best else 'not at all'}."
         return best[0] if best else -1
@@ -636,12 +635,9 @@ class ResUNet(PairNetwork):
             x, skip = block(x)
             skips.insert(0, skip)
         mask = depth = self.bottom(x)
-        for block, skip in zip(self.mask_decoder, skips, strict=True):
-            mask = block(mask, skip)
-        mask = self.mask_head(mask)
-        for block, skip in zip(self.depth_decoder, skips, strict=True):
-            depth = block(depth, skip)
-        return mask, self.depth_head(depth)
+        for skip, to_mask, to_depth in zip(skips, self.mask_decoder, self.depth_decoder, strict=True):
+            mask, depth = to_mask(mask, skip), to_depth(depth, skip)
+        return self.mask_head(mask), self.depth_head(depth)
 
 class BasicBlock(nn.Module):
     """ResNet's: two 3x3 convolutions beside a shortcut, 1x1 where shapes change. He et al., 2015."""
@@ -1342,10 +1338,9 @@ def _begin(config: Config) -> nn.Module:
         if start.name != config.model:
             raise ValueError(f"start is {config.start!r}, a {start.name}, and model is {config.model!r}.")
         model.load_state_dict(start.state_dict())
-    shape = (2, 1, config.size, config.size)
     with torch.no_grad():
         given = model.eval()(*torch.zeros(2, 2, 3, config.size, config.size, device=DEVICE))
-    if not isinstance(given, tuple | list) or [getattr(one, "shape", 0) for one in given] != [shape, shape]:
+    if [getattr(one, "shape", 0) for one in given] != 2 * [(2, 1, config.size, config.size)]:
         what = "must give a pair, mask_logits and depth, each (N, 1, H, W)"
         raise ValueError(f"The network {config.model!r} {what}.")
     if GPU == "cuda" and processes > 1:
@@ -1878,10 +1873,6 @@ def compare_predictions(models: dict[str, nn.Module], ds: ZipDataset, indices: S
         rows.append([_cell(first, "fg_bg", "input"), _cell(first, kind, "truth"), *predicted])
     return _draw(rows, [kind for _ in indices for kind in kinds])
 
-def _several(one: object) -> list:
-    """The runs, or results, of several seeds as they are, and a single one as a list."""
-    return list(one) if isinstance(one, list | tuple) else [one]
-
 def plot_history(runs: dict[str, Run | list], metrics: Sequence[str] = ("loss", "iou", "rmse")) -> Figure:
     """A panel a metric, a curve a run, over the epochs, on the validation samples; dashed: the loss in
     training. Of several seeds the curve is the mean, with a band from the least to the greatest."""
@@ -1889,7 +1880,7 @@ def plot_history(runs: dict[str, Run | list], metrics: Sequence[str] = ("loss", 
     figure, axes = plt.subplots(1, len(metrics), figsize=size, layout="constrained", dpi=110, squeeze=False)
     for metric, axis in zip(metrics, axes[0], strict=True):
         for k, (label, seeds) in enumerate(runs.items()):
-            table = pd.DataFrame([row for one in _several(seeds) for row in one.history])
+            table = pd.DataFrame([row for one in np.atleast_1d(seeds) for row in one.history])
             if f"valid_{metric}" not in table:  # of a run that is not trained for it
                 continue
             by_epoch = table.groupby("epoch")
@@ -1911,7 +1902,8 @@ def results_table(results: dict[str, Results | list[Results]],
     It is given `Run.results`, what `score` gives, or a list, one a seed: then mean ± standard deviation."""
     texts, bold = {}, {}
     for cell, metric in itertools.product(cells, metrics):
-        values = [[one.get(cell, {}).get(metric, np.nan) for one in _several(of)] for of in results.values()]
+        seeds = map(np.atleast_1d, results.values())
+        values = [[one.get(cell, {}).get(metric, np.nan) for one in of] for of in seeds]
         means, column = pd.Series(map(np.mean, values)), (TITLES.get(cell, cell), TITLES.get(metric, metric))
         if means.notna().any():
             spread = [f" ± {np.std(of, ddof=1):.3f}" if len(of) > 1 else "" for of in values]
