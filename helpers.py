@@ -635,9 +635,12 @@ class ResUNet(PairNetwork):
             x, skip = block(x)
             skips.insert(0, skip)
         mask = depth = self.bottom(x)
-        for skip, to_mask, to_depth in zip(skips, self.mask_decoder, self.depth_decoder, strict=True):
-            mask, depth = to_mask(mask, skip), to_depth(depth, skip)
-        return self.mask_head(mask), self.depth_head(depth)
+        for block, skip in zip(self.mask_decoder, skips, strict=True):
+            mask = block(mask, skip)
+        mask = self.mask_head(mask)
+        for block, skip in zip(self.depth_decoder, skips, strict=True):
+            depth = block(depth, skip)
+        return mask, self.depth_head(depth)
 
 class BasicBlock(nn.Module):
     """ResNet's: two 3x3 convolutions beside a shortcut, 1x1 where shapes change. He et al., 2015."""
@@ -1338,9 +1341,10 @@ def _begin(config: Config) -> nn.Module:
         if start.name != config.model:
             raise ValueError(f"start is {config.start!r}, a {start.name}, and model is {config.model!r}.")
         model.load_state_dict(start.state_dict())
+    shape = (2, 1, config.size, config.size)
     with torch.no_grad():
         given = model.eval()(*torch.zeros(2, 2, 3, config.size, config.size, device=DEVICE))
-    if [getattr(one, "shape", 0) for one in given] != 2 * [(2, 1, config.size, config.size)]:
+    if not isinstance(given, tuple | list) or [getattr(one, "shape", 0) for one in given] != [shape, shape]:
         what = "must give a pair, mask_logits and depth, each (N, 1, H, W)"
         raise ValueError(f"The network {config.model!r} {what}.")
     if GPU == "cuda" and processes > 1:
