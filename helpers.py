@@ -282,8 +282,7 @@ def _recognise_layout(names: Sequence[str]) -> str | None:
     return max(counts, key=counts.get) if any(counts.values()) else None
 
 def _match_names(names: Sequence[str], layout: str, defects: dict[str, str]) -> pd.DataFrame:
-    """A row a sample, in the order of the numbers in its name: the numbers of its files, -1 where one is
-    missing, and the ids of its background and object, -1 unknown."""
+    """A row a sample, by the numbers in its name: its files and its ids as numbers, -1 where unknown."""
     tables = {}
     for kind, pattern in zip(KINDS, map(_pattern, LAYOUTS[layout].split()), strict=True):
         matches, numbers = enumerate(map(pattern.fullmatch, names)), [*pattern.groupindex]
@@ -1241,8 +1240,7 @@ def _refuse_another(folder: Path, settings: dict) -> None:
             raise ValueError(f"The run {settings['name']!r} exists, but {change}")
 
 def parts_of(config: Config, ds: ZipDataset) -> dict[str, np.ndarray]:
-    """The split that a run of this Config uses, cut to its `subset`, `max_train` and `max_test`. Raises
-    ValueError where it leaves nothing to train or to validate on."""
+    """The Config's split, cut to its limits. Raises ValueError where nothing is left to train or validate."""
     drawn = np.random.default_rng([0, 1]).permutation(len(ds))[: config.subset or None]
     parts = split(ds, config.split)
     for part, indices in parts.items():
@@ -1255,8 +1253,7 @@ def parts_of(config: Config, ds: ZipDataset) -> dict[str, np.ndarray]:
     return parts
 
 def autocast(precision: str = "auto") -> torch.autocast:
-    """The context of a forward pass. "auto" is bfloat16 where the device has it in hardware (GPUs from
-    compute capability 8, CPUs with AVX512-BF16), float16 on older GPUs, else float32."""
+    """For a forward pass. "auto": bfloat16 where the device has it, float16 on older GPUs, else float32."""
     if precision == "auto" and GPU == "cuda":
         precision = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
     elif precision == "auto":
@@ -1361,10 +1358,6 @@ def _mean_over_processes(tensors: Sequence[Tensor]) -> None:
         for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
-def _wait() -> None:
-    """Until all processes have come as far."""
-    _mean_over_processes([torch.zeros(1, device=DEVICE)])
-
 def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: nn.Module, folder: Path,
            stop_after: int | None, quiet: bool) -> None:
     """From the last checkpoint to the last epoch. Everything random in a step depends on (seed, step) alone,
@@ -1436,13 +1429,13 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
                 _save(folder, state)
                 saved_at = time.monotonic()
         _end_epoch(config, ds, parts, folder, state, time.monotonic() - started, quiet, show)
-    _wait()
     if state["step"] == steps * epochs:
+        _kept(state).load_state_dict(state["best"])
         tests = {part: indices for part, indices in parts.items() if part != "train"}
-        results = score(load_model(folder), ds, tests, config.precision)
+        results = score(_kept(state), ds, tests, config.precision)
         if process == 0:
             _write(folder / "results.json", json.dumps(results, indent=1))
-        _wait()
+    _mean_over_processes([torch.zeros(1, device=DEVICE)])  # then all find what the first has written
 
 def _refuse_not_finite(config: Config, state: dict, samples: Iterable[str]) -> None:
     if not state["loss_sum"].isfinite():
@@ -1685,9 +1678,10 @@ def align_background(bg: np.ndarray, fg_bg: np.ndarray) -> np.ndarray:
 
     for k, motion in enumerate(_motions([cv2.cvtColor(of, cv2.COLOR_RGB2GRAY) for of in small])):
         shown, inside = moved(small[0], motion)
-        gain, bias, difference = _fit_light(shown, small[1], inside > 0)
-        if difference < least and inside.mean() > 0.5:
-            least, best = difference if k else difference / 1.15, (motion, gain, bias)
+        if inside.mean() > 0.5:
+            gain, bias, difference = _fit_light(shown, small[1], inside > 0)
+            if difference < least:
+                least, best = difference if k else difference / 1.15, (motion, gain, bias)
     (motion, gain, bias), zoom = best, np.diag([scale, scale, 1])
     bg, inside = moved(bg, np.linalg.inv(zoom) @ motion @ zoom)
     curve = (np.arange(256)[:, None] * gain + bias).clip(0, 255).round().astype(np.uint8)
@@ -1705,20 +1699,16 @@ def _motions(grey: list[np.ndarray]) -> Iterator[np.ndarray]:
         motion, good = cv2.findHomography(ends[:, 0], ends[:, 1], cv2.RANSAC, 2.0)
         if motion is not None and good.sum() > 20:
             yield motion
-    try:
+    with contextlib.suppress(cv2.error):  # it finds nothing
         half, start = map(cv2.pyrDown, grey), np.eye(2, 3, dtype=np.float32)
         _, motion = cv2.findTransformECC(*half, start, cv2.MOTION_EUCLIDEAN, (3, 40, 1e-4), None, 5)
         yield np.vstack([motion * [1, 1, 2], [0, 0, 1]])
-    except cv2.error:  # it finds nothing
-        return
 
 def _fit_light(bg: np.ndarray, fg_bg: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Gain and bias of each channel, and the mean difference of the 60 % of pixels that then fit best."""
     x, y = (cv2.blur(of, (3, 3))[::3, ::3][inside[::3, ::3]].astype(np.float32) for of in (bg, fg_bg))
     gain, bias, good = np.ones(3), np.zeros(3), np.ones(len(x), bool)
     for _ in range(4):
-        if not good.any():
-            return gain, bias, np.inf
         mean, spread = x[good].mean(0), x[good].var(0)
         gain = ((x[good] - mean) * y[good]).mean(0) / np.maximum(spread, 1e-6)
         gain = np.where(spread < 16, 1, gain).clip(0.4, 2.5)  # of one colour no gain can be told
@@ -1973,8 +1963,7 @@ def saved_pictures(run: Run) -> dict[str, np.ndarray]:
     return saved
 
 def plot_progress(run: Run, samples: Sequence[int] = (4, 6)) -> Figure:
-    """A filmstrip of what `saved_pictures` gives: for each of these samples a row a task, with the input, the
-    prediction at up to four moments, and the truth. Raises as that does."""
+    """Of `saved_pictures`, a row a sample and task: the input, up to four predictions, and the truth."""
     saved, rows = saved_pictures(run), []
     moments = [[*saved][i] for i in np.unique(np.linspace(0, len(saved) - 1, 4).astype(int))]
     for sample, task in itertools.product(samples, run.config.tasks):
