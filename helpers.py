@@ -22,7 +22,6 @@ import time
 import unicodedata
 import warnings
 import zipfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -301,9 +300,8 @@ def _match_names(names: Sequence[str], layout: str, defects: dict[str, str]) -> 
     return samples.fillna(-1).astype(np.int64)
 
 def _ids(layout: str, samples: pd.DataFrame, backgrounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of backgrounds and objects that follow from the numbers in the names. deepjyoti counts its
-    samples on, as many for each background, akshat for each anew. By the reports' recipe an object is put at
-    20 places, and mirrored at the same 20, before the next one follows."""
+    """The ids of backgrounds and objects. deepjyoti counts its samples on, as many for each background,
+    akshat for each anew. By the reports' recipe an object is at 20 places, and mirrored there, in turn."""
     place, unknown = samples["n"].to_numpy() - 1, np.full(len(samples), -1)
     last, count = int(place.max()) + 1, int(backgrounds.max(initial=0))
     if layout == "deepjyoti":
@@ -339,7 +337,9 @@ def _match_table(names: Sequence[str], table: bytes, defects: dict[str, str]) ->
     if lines.shape[1] != 4:
         raise ValueError(f"its table has {lines.shape[1]} columns, not the 4 of bg, fg_bg, mask and depth.")
     ends = [name.lower().split("/")[::-1] for name in names]
-    files = pd.Series(range(len(names))).groupby([end[0] for end in ends]).groups
+    files = {}
+    for i, end in enumerate(ends):
+        files.setdefault(end[0], []).append(i)
 
     def find(path: str) -> int:
         parts = path.strip().lower().split("/")[::-1]
@@ -912,8 +912,7 @@ def densedepth(d: Tensor, g: Tensor) -> Tensor:
     return 0.1 * l1(d, g) + ssim(d, g) + gradient(d, g)
 
 def _exact(loss: Callable, sigmoid: bool = False) -> Callable:
-    """The loss in float32 at least, whatever autocast says: half precision moves SSIM by hundredths. With
-    `sigmoid` it takes logits in place of probabilities."""
+    """The loss in float32 at least, whatever autocast says; with `sigmoid` of logits for probabilities."""
     @functools.wraps(loss)
     def wrapped(prediction: Tensor, target: Tensor, **options) -> Tensor:
         dtype = torch.promote_types(prediction.dtype, torch.float32)
@@ -1189,11 +1188,10 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
     try:
         with lock if first else contextlib.nullcontext(), torch.random.fork_rng():
-            how = {"depth_near": config.depth_near, "defects": config.defects}
-            ds = ZipDataset(data_zip(config.data), config.size, **how)
+            ds = ZipDataset(data_zip(config.data), config.size, None, config.depth_near, config.defects)
             for task in set(config.tasks) - set(ds.kinds):
-                what = f"no {task} pictures. Set {task}_loss=None, or take another zip"
-                raise ValueError(f"{ds.path} has {what}.")
+                remedy = f"Set {task}_loss=None, or take another zip."
+                raise ValueError(f"{ds.path} has no {task} pictures. {remedy}")
             ds.kinds = ("bg", "fg_bg", *config.tasks)
             settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint, "code": _own_code(config)}
             _refuse_another(folder, settings)
@@ -1267,11 +1265,11 @@ def _processes() -> tuple[int, int]:
 def _prefetch(function: Callable, items: Iterable) -> Iterator:
     """function(item) for each item in turn, done by a thread that is up to two items ahead."""
     with ThreadPoolExecutor(1) as thread:
-        coming = deque()
+        coming = []
         for item in items:
             coming.append(thread.submit(function, item))
             if len(coming) > 2:
-                yield coming.popleft().result()
+                yield coming.pop(0).result()
         yield from (future.result() for future in coming)
 
 @torch.no_grad()
@@ -1342,8 +1340,7 @@ def _begin(config: Config) -> nn.Module:
     with torch.no_grad():
         given = model.eval()(*torch.zeros(2, 2, 3, config.size, config.size, device=DEVICE))
     if not isinstance(given, tuple | list) or [getattr(one, "shape", 0) for one in given] != [shape, shape]:
-        what = "must give a pair, mask_logits and depth, each (N, 1, H, W)"
-        raise ValueError(f"The network {config.model!r} {what}.")
+        raise ValueError(f"The network {config.model!r} must give a pair, each (N, 1, H, W): logits, depth.")
     if GPU == "cuda" and processes > 1:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in [module for module in model.modules() if type(module) is nn.BatchNorm2d and processes > 1]:
@@ -1373,7 +1370,6 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
     state = {"model": model, "loss": loss_of, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     state |= {"step": 0, "lr": 0.0, "loss_sum": torch.zeros((), device=DEVICE), "history": [], "best": {}}
     if config.average:  # at first over few steps, so that the random weights of the start are soon forgotten
-
         def towards(kept: Tensor, new: Tensor, n: Tensor) -> Tensor:
             return kept + (new - kept) * (1 - min(config.average, (int(n) + 1) / (int(n) + 10)))
 
@@ -1481,7 +1477,6 @@ def _kept(state: dict) -> nn.Module:
     return state["average"].module if "average" in state else state["model"]
 
 def _save(folder: Path, state: dict) -> None:
-    """Writes a checkpoint: the states of all parts, and plain values."""
     if _processes()[0] == 0:
         plain = {name: getattr(part, "state_dict", lambda part=part: part)() for name, part in state.items()}
         _write(folder / "checkpoint.pt", plain)
@@ -1523,9 +1518,8 @@ PATIENCE, LOOK_AGAIN = 120.0, 15.0  # seconds: until Drive counts as hung; betwe
 
 @functools.cache
 def _drive(local: Path) -> SimpleNamespace | None:
-    """The project's `folder` on the user's Drive, to which a thread copies the workspace from now on, so that
-    nothing waits for a Drive that fails or hangs; `there`, when each file that is on it was changed; and
-    `trouble`, what fails now. None outside Colab, and without consent, for which this asks."""
+    """The project's `folder` on Drive, to which a thread copies the workspace from now on; `there`, when each
+    file on it was changed; `trouble`, what fails now. None outside Colab, and where consent is refused."""
     if not in_colab():
         return None
     from google.colab import drive
@@ -1553,7 +1547,7 @@ def _copy_newer(source: Path, target: Path, drive: SimpleNamespace, done: dict, 
     """Copies what is newer in one folder to the other, and says what went wrong. Of a run the oldest comes
     first, and what is newer waits for it: a checkpoint must not arrive before its pictures."""
     trouble = ""
-    for entry in [source / name] if name else source.iterdir():
+    for entry in [source / name] if name else source.glob("*"):
         try:
             os.stat(drive.folder.parent)
             for changed, file in _files(entry):
@@ -1805,8 +1799,7 @@ TITLES |= {"test_new_fg": "new object", "test_new_both": "new background and obj
 LOWER_IS_BETTER = ("loss", "rmse", "mae", "abs_rel", "log10")
 
 def _draw(rows: Sequence[Sequence[tuple]], labels: Sequence[str] = ("",)) -> Figure:
-    """A figure of rows of (title, kind, picture (C, H, W), caption): photographs as they are, masks grey,
-    depth and its error in colour maps, each with a bar."""
+    """A figure of rows of (title, kind, picture (C, H, W), caption), with bars for depth and its error."""
     figure, (height, width) = plt.figure(layout="constrained", dpi=110), rows[0][0][2].shape[1:]
     side = max(1.6, 12 / max(len(rows[0]), 4))
     between = 0.3 if any(caption for row in rows for *_, caption in row) else 0.1
