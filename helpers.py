@@ -1701,7 +1701,7 @@ def _motions(grey: list[np.ndarray]) -> Iterator[np.ndarray]:
 def _fit_light(bg: np.ndarray, fg_bg: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Gain and bias of each channel, and the mean difference of the 60 % of pixels that then fit best."""
     x, y = (cv2.blur(of, (3, 3))[::3, ::3][inside[::3, ::3]].astype(np.float32) for of in (bg, fg_bg))
-    gain, bias, good = np.ones(3), np.zeros(3), np.ones(len(x), bool)
+    good = np.ones(len(x), bool)
     for _ in range(4):
         mean, spread = x[good].mean(0), x[good].var(0)
         gain = ((x[good] - mean) * y[good]).mean(0) / np.maximum(spread, 1e-6)
@@ -1911,8 +1911,7 @@ def _save_images(folder: Path, state: dict, ds: ZipDataset, parts: dict, config:
         for sample in _predictions(_kept(state), ds, shown, config.precision):
             rows.append(torch.cat([sample[kind].expand(3, -1, -1) for kind in _columns(config)], 2))
     sheet = torch.cat(rows, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
-    epoch = len(state["history"])
-    name = f"epoch_{epoch:03}" if epoch else f"epoch_000_step_{state['step']:03}"
+    name = f"epoch_{len(state['history']):03}" + ("" if state["history"] else f"_step_{state['step']:03}")
     with _replacing(folder / "images" / name / "sheet.png") as part:
         Image.fromarray(sheet).save(part, "png")
     return sheet
