@@ -1227,11 +1227,11 @@ def _own_code(config: Config) -> dict[str, str]:
 
 def _refuse_another(folder: Path, settings: dict) -> None:
     """Raises ValueError where the folder holds a run of other settings, or of data of other content."""
-    theirs, place = settings, folder / "config.json"
-    if place.exists():
-        theirs = dataclasses.asdict(Config("any")) | {"code": {}} | json.loads(place.read_text())
+    if not (folder / "config.json").exists():
+        return
+    theirs = dataclasses.asdict(Config("any")) | json.loads((folder / "config.json").read_text())
     for key, now in settings.items():
-        was = theirs.get(key)
+        was = theirs.get(key, {})
         if was != now and key not in ("data", "checkpoint_minutes"):
             what = "the code of a loss or network of your own, now edited," if key == "code" else key
             change = f"{what} was {was!r} and is {now!r}. Take another name, or delete {folder}."
@@ -1720,10 +1720,9 @@ def _answer(model: nn.Module, bg: np.ndarray, photo: np.ndarray, align: bool, pl
     """The mask and the depth of a photo, uint8 (H, W), 255 the object and the far end, as far as the network
     was trained for them; and the files where they are written, `<place>_mask.png` and `<place>_depth.png`."""
     bg = align_background(bg, photo) if align else bg
-    found = predict(model, *(torch.from_numpy(of).permute(2, 0, 1) for of in (bg, photo)))
-    tasks = getattr(model, "tasks", KINDS)
-    found = {task: of for task, of in zip(KINDS[2:], found, strict=True) if task in tasks}
-    answers = {task: of[0, 0].mul(255).round().byte().cpu().numpy() for task, of in found.items()}
+    answers = predict(model, *(torch.from_numpy(of).permute(2, 0, 1) for of in (bg, photo)))
+    answers = zip(KINDS[2:], (of[0, 0].mul(255).round().byte().cpu().numpy() for of in answers), strict=True)
+    answers = {task: of for task, of in answers if task in getattr(model, "tasks", KINDS)}
     files = {task: place.with_name(f"{place.name}_{task}.png") for task in answers}
     _refuse_existing(files.values(), overwrite)
     try:
@@ -1797,6 +1796,7 @@ TITLES = {"bg": "background", "fg_bg": "with object", "iou": "mask IoU", "rmse":
 TITLES |= {"delta1": "depth δ < 1.25", "test_seen": "seen", "test_new_bg": "new background"}
 TITLES |= {"test_new_fg": "new object", "test_new_both": "new background and object"}
 LOWER_IS_BETTER = ("loss", "rmse", "mae", "abs_rel", "log10")
+FIRST_STEPS = (0, 10, 30, 100, 300)  # after so many steps of the first epoch, too, pictures are saved
 
 def _draw(rows: Sequence[Sequence[tuple]], labels: Sequence[str] = ("",)) -> Figure:
     """A figure of rows of (title, kind, picture (C, H, W), caption), with bars for depth and its error."""
@@ -1899,8 +1899,6 @@ def results_table(results: dict[str, Results | list[Results]],
     table = pd.DataFrame(texts, list(results)).replace(r"nan.*", "–", regex=True)
     weight = pd.DataFrame(np.where(pd.DataFrame(bold), "font-weight: bold", ""), table.index, table.columns)
     return table.style.apply(lambda _: weight, axis=None).set_uuid("")
-
-FIRST_STEPS = (0, 10, 30, 100, 300)  # after so many steps of the first epoch, too, pictures are saved
 
 def _save_images(folder: Path, state: dict, ds: ZipDataset, parts: dict, config: Config) -> np.ndarray:
     """Saves and gives a sheet of pictures, 8 bit as they are, `_columns` side by side: a row for each of four
