@@ -912,7 +912,7 @@ def densedepth(d: Tensor, g: Tensor) -> Tensor:
     return 0.1 * l1(d, g) + ssim(d, g) + gradient(d, g)
 
 def _exact(loss: Callable, sigmoid: bool = False) -> Callable:
-    """The loss in float32 at least, whatever autocast says; with `sigmoid` of logits for probabilities."""
+    """The loss in float32 at least, whatever autocast says; with `sigmoid` it takes logits."""
     @functools.wraps(loss)
     def wrapped(prediction: Tensor, target: Tensor, **options) -> Tensor:
         dtype = torch.promote_types(prediction.dtype, torch.float32)
@@ -1178,9 +1178,9 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     on from its last checkpoint, on a CPU to the same bits as if it never had been; finished, it is read. In
     it: config.json, metrics.csv and timing.csv (a row an epoch), checkpoint.pt, best.pt (the weights of the
     least validation loss), results.json (what those are worth on other samples), and images. It leaves off
-    after `stop_after` epochs, as if cut off there. Processes that accelerate has started train together.
-    Raises ValueError where the folder holds another run, and for data, losses and networks that do not fit;
-    RuntimeError where another program is at this run; MemoryError."""
+    after `stop_after` epochs, as if cut off there; `quiet` shows nothing. Processes that accelerate has
+    started train together. Raises ValueError where the folder holds another run, and for data, losses and
+    networks that do not fit; RuntimeError where another program is at this run; MemoryError."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         accelerate.PartialState(cpu=not GPU)
     first, folder = _processes()[0] == 0, fetch(config.name)
@@ -1295,7 +1295,7 @@ def score(model: nn.Module, ds: ZipDataset, parts: dict[str, np.ndarray], precis
     return {part: pd.DataFrame(of).astype(float).mean().to_dict() for part, of in values.items()}
 
 def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
-    """`run` for lists of Configs, such as one for each seed. Checkpoints, which would fill a Drive, go."""
+    """`run` for lists of Configs, such as one a seed; checkpoints, which would fill a Drive, are deleted."""
     runs = {label: [] for label in configs}
     todo = [(label, config) for label, several in configs.items() for config in several]
     for label, config in tqdm(todo, unit=" runs", leave=False, file=sys.stdout):
@@ -1562,7 +1562,7 @@ def _copy_newer(source: Path, target: Path, drive: SimpleNamespace, done: dict, 
     return trouble
 
 def _files(folder: Path) -> list[tuple[int, Path]]:
-    """When each file of a folder, or one file, was written, the oldest first; no hidden, no half-written."""
+    """(when written, path) of a folder's files, or of one, the oldest first; none hidden or half-written."""
     files = [file for file in (folder, *folder.rglob("*")) if file.is_file()]
     return sorted((_changed(file), file) for file in files if file.name[0] != "." and file.suffix != ".part")
 
