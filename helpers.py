@@ -1,10 +1,8 @@
 """What the notebooks share: the data in a zip, networks, losses, metrics, runs that can be resumed, pictures.
 
 One network looks at two pictures, a background (`bg`) and the same scene with an object in it (`fg_bg`), and
-predicts two, the object's `mask` and the scene's `depth`; always in this order. Tensors are NCHW. Pictures
-are uint8 when stored, float in [0, 1] at the network; a mask is 0 or 1; depth is in [0, 1] and grows with
-distance.
-"""
+predicts two, the object's `mask` and the scene's `depth`; always in this order. Tensors are NCHW, uint8 when
+stored, float in [0, 1] at the network; a mask is 0 or 1; depth is in [0, 1] and grows with distance."""
 
 import contextlib
 import ctypes
@@ -24,7 +22,6 @@ import time
 import unicodedata
 import warnings
 import zipfile
-from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,14 +90,13 @@ def workspace() -> Path:
     return folder
 
 def data_zip(path: AnyPath = "") -> Path:
-    """The data set to use: `path` if given, else the environment variable DATA_ZIP, else the zip that
-    notebook 00 made in the workspace; where there is none, at full scale one is drawn, at quick scale it is
-    the project's sample. A folder may stand for a zip. From Drive, which is slow, a zip is copied to the
-    local disk. Raises FileNotFoundError."""
+    """The data set to use: `path`, else the environment variable DATA_ZIP, else what notebook 00 made in the
+    workspace, at full scale drawn if need be, else the project's sample. A folder may stand for a zip; a zip
+    on Drive, which is slow, is copied to the local disk. Raises FileNotFoundError."""
     given = str(path) or os.environ.get("DATA_ZIP", "")
     if not given:
         made = fetch("scenes.zip")
-        if SCALE == "full" and not made.exists():
+        if SCALE == "full":
             with filelock.FileLock(made.with_name(".scenes.lock")):  # of several processes one draws
                 if not made.exists():
                     print("There is no data set yet: notebook 00 draws one, which takes some minutes.")
@@ -245,22 +241,17 @@ def _list_files(path: Path) -> tuple[list[str], list, str]:
             warnings.warn(f"{path}: its pictures are read, and {beside} beside them is not.", stacklevel=3)
             archives = []
         loose = [name for name in loose if not archives or name.endswith(".csv")]
-    names, places, checksums = [], [], []
-
-    def take(name: str, place: object, checksum: int) -> None:
-        if not LITTER.search(name):
-            names.append(unicodedata.normalize("NFC", name))
-            places.append(place)
-            checksums.append(checksum)
-
+    # For checksums of loose files all would be read: sizes tell whether they have changed.
+    files = [(name, path / name, (path / name).stat().st_size % 2**32) for name in loose]
     for archive in map(_open_zip, archives):
         around = "" if path.is_file() else f"{Path(archive.filename).stem}/"
-        for info in archive.infolist():
-            take(around + info.filename.replace("\\", "/"), (archive, info), info.CRC)
-    for name in loose:  # for checksums all would be read: sizes tell whether they have changed
-        take(name, path / name, (path / name).stat().st_size % 2**32)
-    if not names:
+        inside = [(info.filename.replace("\\", "/"), info) for info in archive.infolist()]
+        files += [(around + name, (archive, info), info.CRC) for name, info in inside]
+    files = [file for file in files if not LITTER.search(file[0])]
+    if not files:
         raise ValueError(f"{path} holds no files. A data set has pictures: bg, fg_bg, mask and depth.")
+    names, places, checksums = map(list, zip(*files, strict=True))
+    names = [unicodedata.normalize("NFC", name) for name in names]
     content = np.array(checksums, np.uint32).tobytes()
     content += "\n".join([*names, ""]).encode("utf-8", "surrogateescape")
     return names, places, hashlib.blake2b(content, digest_size=8).hexdigest()
@@ -290,8 +281,7 @@ def _recognise_layout(names: Sequence[str]) -> str | None:
     return max(counts, key=counts.get) if any(counts.values()) else None
 
 def _match_names(names: Sequence[str], layout: str, defects: dict[str, str]) -> pd.DataFrame:
-    """A row a sample, in the order of the numbers in its name: the numbers of its files, -1 where one is
-    missing, and the ids of its background and object, -1 unknown."""
+    """A row a sample, by the numbers in its name: its files and its ids as numbers, -1 where unknown."""
     tables = {}
     for kind, pattern in zip(KINDS, map(_pattern, LAYOUTS[layout].split()), strict=True):
         matches, numbers = enumerate(map(pattern.fullmatch, names)), [*pattern.groupindex]
@@ -310,9 +300,8 @@ def _match_names(names: Sequence[str], layout: str, defects: dict[str, str]) -> 
     return samples.fillna(-1).astype(np.int64)
 
 def _ids(layout: str, samples: pd.DataFrame, backgrounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of backgrounds and objects that follow from the numbers in the names. deepjyoti counts its
-    samples on, as many for each background, akshat for each anew. By the reports' recipe an object is put at
-    20 places, and mirrored at the same 20, before the next one follows."""
+    """The ids of backgrounds and objects. deepjyoti counts its samples on, as many for each background,
+    akshat for each anew. By the reports' recipe an object is at 20 places, and mirrored there, in turn."""
     place, unknown = samples["n"].to_numpy() - 1, np.full(len(samples), -1)
     last, count = int(place.max()) + 1, int(backgrounds.max(initial=0))
     if layout == "deepjyoti":
@@ -347,14 +336,15 @@ def _match_table(names: Sequence[str], table: bytes, defects: dict[str, str]) ->
     lines = pd.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False)
     if lines.shape[1] != 4:
         raise ValueError(f"its table has {lines.shape[1]} columns, not the 4 of bg, fg_bg, mask and depth.")
-    files = defaultdict(list)
-    for i, name in enumerate(names):
-        files[name.lower().rpartition("/")[2]].append(i)
+    ends = [name.lower().split("/")[::-1] for name in names]
+    files = {}
+    for i, end in enumerate(ends):
+        files.setdefault(end[0], []).append(i)
 
     def find(path: str) -> int:
         parts = path.strip().lower().split("/")[::-1]
-        alike = {i: os.path.commonprefix([parts, names[i].lower().split("/")[::-1]]) for i in files[parts[0]]}
-        best = [i for i in alike if len(alike[i]) == max(map(len, alike.values()))]
+        alike = {i: len(os.path.commonprefix([parts, ends[i]])) for i in files.get(parts[0], ())}
+        best = [i for i in alike if alike[i] == max(alike.values())]
         if path.strip() and len(best) != 1:
             defects[path] = f"of the table is in the data set {'more than once' if best else 'not at all'}."
         return best[0] if best else -1
@@ -493,12 +483,8 @@ class ZipDataset(torch.utils.data.Dataset):
 
     def _decode(self, kind: str, files: np.ndarray) -> np.ndarray:
         """These files' pictures, (len(files), size, size, channels), decoded by all cores."""
-        def share(some: np.ndarray) -> np.ndarray:
-            return np.stack([self._picture(kind, file) for file in some.tolist()])
-
-        shares = np.array_split(files, min(len(files), os.cpu_count()))
-        at_once = _pool(os.getpid()).map if len(shares) > 1 else map
-        pictures = np.concatenate(list(at_once(share, shares)))
+        at_once = _pool(os.getpid()).map if len(files) > 1 else map
+        pictures = np.stack([*at_once(functools.partial(self._picture, kind), files.tolist())])
         return 255 - pictures if kind == "depth" and self.depth_near == "bright" else pictures
 
     def _picture(self, kind: str, file: int) -> np.ndarray:
@@ -533,8 +519,8 @@ def _pool(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
 
 def check(path: AnyPath, layout: str | None = None) -> dict[str, str]:
-    """Reads a data set from first to last, prints what it holds and what is wrong, and gives the defects,
-    {file name: what is wrong with it}. Raises FileNotFoundError or ValueError for what is no data set."""
+    """Reads a data set, prints what it holds, and gives its defects, {file name: what is wrong with it}.
+    Raises FileNotFoundError, and ValueError for what is no data set."""
     ds = ZipDataset(path, layout=layout, defects="leave_out")
     objects = len(np.unique(ds.fg_id)) if (ds.fg_id >= 0).all() else "an unknown number of"
     print(f"{ds.path.name}, layout {ds.layout}: {len(ds.names):,} files, {len(ds):,} samples of", *ds.kinds)
@@ -563,9 +549,8 @@ def split(ds: ZipDataset, by: str = "unseen", seed: int = 0) -> dict[str, np.nda
     "image" is the random 70/15/15 of the reports: `train`, `valid`, `test`. "unseen" divides backgrounds
     70/15/15 into training, validation and test ones, and objects likewise. Of training backgrounds with
     training objects `train` has 80 %, `valid` and `test_seen` 10 % each; `test_new_bg`, `test_new_fg`,
-    `test_new_both` have a test one instead; `valid_new` has a validation one and no test one. Unknown ids,
-    and a single one, count as training. Ids are placed by multiples of the golden ratio, samples by a hash of
-    their names: none moves when others come."""
+    `test_new_both` have a test one instead; `valid_new` has a validation one and no test one. Unknown and
+    single ids count as training. None moves when others come: ids go by the golden ratio, samples by name."""
     if by == "image":
         order = np.random.default_rng(seed).permutation(len(ds))
         parts = map(np.sort, np.split(order, [round(0.7 * len(ds)), round(0.85 * len(ds))]))
@@ -584,8 +569,8 @@ def split(ds: ZipDataset, by: str = "unseen", seed: int = 0) -> dict[str, np.nda
 # Each: mask_logits, depth = model(bg, fg_bg), both (N, 1, H, W), depth in [0, 1]; `stride` divides H and W.
 
 class PairNetwork(nn.Module):
-    """What the networks share: `both` makes, of the two pictures, the mask's logits and the depth's. Raises
-    ValueError where the network's strides do not divide the pictures' size."""
+    """What the networks share: `both` gives the logits of mask and depth. Raises ValueError where `stride`
+    does not divide the pictures' size."""
     stride = 1
 
     def forward(self, bg: Tensor, fg_bg: Tensor) -> tuple[Tensor, Tensor]:
@@ -596,10 +581,8 @@ class PairNetwork(nn.Module):
         mask_logits, depth = self.both(bg, fg_bg)
         return mask_logits, depth.sigmoid()
 
-def conv(
-    inputs: int, outputs: int, size: int = 3, stride: int = 1,
-    bias: bool = False, norm: bool = True, relu: bool = True,
-) -> list[nn.Module]:
+def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1, bias: bool = False, norm: bool = True,
+         relu: bool = True) -> list[nn.Module]:
     """Convolution and, if asked for, batch norm and ReLU."""
     layers = [nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=bias)]
     layers += [nn.BatchNorm2d(outputs)] if norm else []
@@ -929,8 +912,7 @@ def densedepth(d: Tensor, g: Tensor) -> Tensor:
     return 0.1 * l1(d, g) + ssim(d, g) + gradient(d, g)
 
 def _exact(loss: Callable, sigmoid: bool = False) -> Callable:
-    """The loss in float32 at least, whatever autocast says: half precision moves SSIM by hundredths. With
-    `sigmoid` it takes logits in place of probabilities."""
+    """The loss in float32 at least, whatever autocast says; with `sigmoid` it takes logits."""
     @functools.wraps(loss)
     def wrapped(prediction: Tensor, target: Tensor, **options) -> Tensor:
         dtype = torch.promote_types(prediction.dtype, torch.float32)
@@ -1069,8 +1051,7 @@ def jitter_colours(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def shake(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What happens between two shots from a hand, each to some samples: bg moves by up to 2.5 pixels of 192,
     seldom by 8 and 3 degrees; its light changes by up to 40 %, its colours from warm to cold by 20 %; a soft
-    shadow falls on fg_bg; both get blur, noise and JPEG. Else all is object where the background is slightly
-    off (Lin et al., Background Matting V2, 2020)."""
+    shadow falls on fg_bg; both get blur, noise and JPEG. After Lin et al., Background Matting V2, 2020."""
     bg, draw = batch["bg"], torch.rand(2, len(batch["bg"]), 1, 1, 1, device=batch["bg"].device)
     for degrees, pixels, p in ((1.0, 2.5, 0.3), (3.0, 8.0, 0.1)):
         bg = K.RandomAffine(degrees, (pixels / 192, pixels / 192), padding_mode="border", p=p)(bg)
@@ -1105,9 +1086,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 CHOICES = {"split": ("unseen", "image"), "defects": ("stop", "leave_out"), "depth_near": ("dark", "bright")}
 CHOICES |= {"model": MODELS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
 CHOICES |= {"precision": ("auto", *PRECISIONS)}
-LEAST = {"size": 11, "batch_size": 1, "epochs": 1, "lr": 1e-12}  # SSIM, one of the metrics, needs 11 pixels
-LEAST |= dict.fromkeys(("subset", "max_train", "max_test", "min_steps", "clip_norm", "weight_decay"), 0)
-LEAST |= {"average": 0, "checkpoint_minutes": 0}
+LEAST = {"size": 11, "batch_size": 1, "epochs": 1, "lr": 1e-12}  # of other numbers 0; SSIM needs 11 pixels
 OURS = [*MODELS.values(), *MASK_LOSSES.values(), *DEPTH_LOSSES.values()]  # a run knows others by their code
 Results = dict[str, dict[str, float]]  # part of the split -> metric -> mean over its pictures
 
@@ -1144,14 +1123,15 @@ class Config:
     seed: int = 0  # of the first weights, the data order and the augmentation
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():  # numpy's numbers, and paths, as JSON holds them
-            value = value.item() if isinstance(value, np.generic) else value
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            value = value.item() if isinstance(value, np.generic) else value  # as JSON holds it
             object.__setattr__(self, name, str(value) if isinstance(value, Path) else value)
             if name in CHOICES:
                 _known(value, CHOICES[name], name)
-            most = 1 if name == "average" else np.inf
-            if name in LEAST and not (isinstance(value, int | float) and LEAST[name] <= value < most):
-                raise ValueError(f"{name} is {value!r}; it must be {LEAST[name]} or more, average below 1.")
+            least, most = LEAST.get(name, 0), 1 if name == "average" else np.inf
+            if field.type in (int, float) and not (isinstance(value, int | float) and least <= value < most):
+                raise ValueError(f"{name} is {value!r}; it must be {least} or more, average below 1.")
         if not all(part.strip(". ") and not set(part) & set('\\:*?"<>|') for part in self.name.split("/")):
             raise ValueError(f"name is {self.name!r}; it must be a path of folders, such as losses/dice.")
         for name in self.augment.split("+"):
@@ -1197,36 +1177,37 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
     The run is the folder `<workspace>/<name>/`. Not there, it is started; cut off at whatever moment, it goes
     on from its last checkpoint, on a CPU to the same bits as if it never had been; finished, it is read. In
     it: config.json, metrics.csv and timing.csv (a row an epoch), checkpoint.pt, best.pt (the weights of the
-    least validation loss), results.json (what those are worth on all but the training samples), and images
-    after each epoch and the first steps. It leaves off after `stop_after` epochs, as if cut off there; a
-    notebook shows how far it is, unless `quiet`. Processes that accelerate has started train together.
-
-    Raises ValueError where the folder holds another run, and for data, losses and networks that do not fit;
-    RuntimeError where another program is at this run; MemoryError."""
+    least validation loss), results.json (what those are worth on other samples), and images. It leaves off
+    after `stop_after` epochs, as if cut off there; `quiet` shows nothing. Processes that accelerate has
+    started train together. Raises ValueError where the folder holds another run, and for data, losses and
+    networks that do not fit; RuntimeError where another program is at this run; MemoryError."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         accelerate.PartialState(cpu=not GPU)
     first, folder = _processes()[0] == 0, fetch(config.name)
-    with _locked(folder) if first else contextlib.nullcontext(), torch.random.fork_rng():
-        how = {"depth_near": config.depth_near, "defects": config.defects}
-        ds = ZipDataset(data_zip(config.data), config.size, **how)
-        for task in set(config.tasks) - set(ds.kinds):
-            raise ValueError(f"{ds.path} has no {task} pictures. Set {task}_loss=None, or take another zip.")
-        ds.kinds = ("bg", "fg_bg", *config.tasks)
-        settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint, "code": _own_code(config)}
-        _refuse_another(folder, settings)
-        if (folder / "results.json").exists():
-            if not quiet:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try:
+        with lock if first else contextlib.nullcontext(), torch.random.fork_rng():
+            ds = ZipDataset(data_zip(config.data), config.size, None, config.depth_near, config.defects)
+            for task in set(config.tasks) - set(ds.kinds):
+                remedy = f"Set {task}_loss=None, or take another zip."
+                raise ValueError(f"{ds.path} has no {task} pictures. {remedy}")
+            ds.kinds = ("bg", "fg_bg", *config.tasks)
+            settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint, "code": _own_code(config)}
+            _refuse_another(folder, settings)
+            if not (folder / "results.json").exists():
+                parts, model = parts_of(config, ds), _begin(config)
+                if first:
+                    _write(folder / "config.json", json.dumps(settings, indent=1))
+                _train(config, ds, parts, model, folder, stop_after, quiet or not first)
+            elif not quiet:
                 print(f"{config.name}: finished before, read from its folder")
             return read_run(folder)
-        parts, model = parts_of(config, ds), _begin(config)
-        if first:
-            _write(folder / "config.json", json.dumps(settings, indent=1))
-        try:
-            _train(config, ds, parts, model, folder, stop_after, quiet or not first)
-        except torch.OutOfMemoryError as error:
-            remedy = f"Set batch_size={config.batch_size // 2 or 1} or a smaller size, under another name"
-            raise MemoryError(f"{config.name}: a batch does not fit into memory. {remedy}.") from error
-        return read_run(folder)
+    except filelock.Timeout:
+        raise RuntimeError(f"Another program is at the run {folder}. Wait, or take another name.") from None
+    except torch.OutOfMemoryError as error:
+        remedy = f"Set batch_size={config.batch_size // 2 or 1} or a smaller size, under another name"
+        raise MemoryError(f"{config.name}: a batch does not fit into memory. {remedy}.") from error
 
 def _own_code(config: Config) -> dict[str, str]:
     """A hash of the source of a network or loss of one's own: edited, it makes another run."""
@@ -1253,23 +1234,11 @@ def _refuse_another(folder: Path, settings: dict) -> None:
         was = theirs.get(key, {})
         if was != now and key not in ("data", "checkpoint_minutes"):
             what = "the code of a loss or network of your own, now edited," if key == "code" else key
-            remedy = f"Take another name, or delete {folder}."
-            name = settings["name"]
-            raise ValueError(f"The run {name!r} exists, but {what} was {was!r} and is {now!r}. {remedy}")
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other programs away from a run. Raises RuntimeError where one is at it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
-            yield
-    except filelock.Timeout:
-        raise RuntimeError(f"Another program is at the run {folder}. Wait, or take another name.") from None
+            change = f"{what} was {was!r} and is {now!r}. Take another name, or delete {folder}."
+            raise ValueError(f"The run {settings['name']!r} exists, but {change}")
 
 def parts_of(config: Config, ds: ZipDataset) -> dict[str, np.ndarray]:
-    """The split that a run of this Config uses, cut to its `subset`, `max_train` and `max_test`. Raises
-    ValueError where it leaves nothing to train or to validate on."""
+    """The Config's split, cut to its limits. Raises ValueError where nothing is left to train or validate."""
     drawn = np.random.default_rng([0, 1]).permutation(len(ds))[: config.subset or None]
     parts = split(ds, config.split)
     for part, indices in parts.items():
@@ -1282,8 +1251,7 @@ def parts_of(config: Config, ds: ZipDataset) -> dict[str, np.ndarray]:
     return parts
 
 def autocast(precision: str = "auto") -> torch.autocast:
-    """The context of a forward pass. "auto" is bfloat16 where the device has it in hardware (GPUs from
-    compute capability 8, CPUs with AVX512-BF16), float16 on older GPUs, else float32."""
+    """For a forward pass. "auto": bfloat16 where the device has it, float16 on older GPUs, else float32."""
     if precision == "auto" and GPU == "cuda":
         precision = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
     elif precision == "auto":
@@ -1297,11 +1265,11 @@ def _processes() -> tuple[int, int]:
 def _prefetch(function: Callable, items: Iterable) -> Iterator:
     """function(item) for each item in turn, done by a thread that is up to two items ahead."""
     with ThreadPoolExecutor(1) as thread:
-        coming = deque()
+        coming = []
         for item in items:
             coming.append(thread.submit(function, item))
             if len(coming) > 2:
-                yield coming.popleft().result()
+                yield coming.pop(0).result()
         yield from (future.result() for future in coming)
 
 @torch.no_grad()
@@ -1327,8 +1295,7 @@ def score(model: nn.Module, ds: ZipDataset, parts: dict[str, np.ndarray], precis
     return {part: pd.DataFrame(of).astype(float).mean().to_dict() for part, of in values.items()}
 
 def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
-    """`run` for lists of Configs, such as one for each seed, with one progress bar. The checkpoints of
-    finished runs are deleted: those of a long list would fill a Drive."""
+    """`run` for lists of Configs, such as one a seed; checkpoints, which would fill a Drive, are deleted."""
     runs = {label: [] for label in configs}
     todo = [(label, config) for label, several in configs.items() for config in several]
     for label, config in tqdm(todo, unit=" runs", leave=False, file=sys.stdout):
@@ -1373,8 +1340,7 @@ def _begin(config: Config) -> nn.Module:
     with torch.no_grad():
         given = model.eval()(*torch.zeros(2, 2, 3, config.size, config.size, device=DEVICE))
     if not isinstance(given, tuple | list) or [getattr(one, "shape", 0) for one in given] != [shape, shape]:
-        what = "must give a pair, mask_logits and depth, each (N, 1, H, W)"
-        raise ValueError(f"The network {config.model!r} {what}.")
+        raise ValueError(f"The network {config.model!r} must give a pair, each (N, 1, H, W): logits, depth.")
     if GPU == "cuda" and processes > 1:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in [module for module in model.modules() if type(module) is nn.BatchNorm2d and processes > 1]:
@@ -1388,10 +1354,6 @@ def _mean_over_processes(tensors: Sequence[Tensor]) -> None:
         dist.all_reduce(means)
         for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
-
-def _wait() -> None:
-    """Until all processes have come as far."""
-    _mean_over_processes([torch.zeros(1, device=DEVICE)])
 
 def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: nn.Module, folder: Path,
            stop_after: int | None, quiet: bool) -> None:
@@ -1408,7 +1370,6 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
     state = {"model": model, "loss": loss_of, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     state |= {"step": 0, "lr": 0.0, "loss_sum": torch.zeros((), device=DEVICE), "history": [], "best": {}}
     if config.average:  # at first over few steps, so that the random weights of the start are soon forgotten
-
         def towards(kept: Tensor, new: Tensor, n: Tensor) -> Tensor:
             return kept + (new - kept) * (1 - min(config.average, (int(n) + 1) / (int(n) + 10)))
 
@@ -1464,13 +1425,13 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
                 _save(folder, state)
                 saved_at = time.monotonic()
         _end_epoch(config, ds, parts, folder, state, time.monotonic() - started, quiet, show)
-    _wait()
     if state["step"] == steps * epochs:
+        _kept(state).load_state_dict(state["best"])
         tests = {part: indices for part, indices in parts.items() if part != "train"}
-        results = score(load_model(folder), ds, tests, config.precision)
+        results = score(_kept(state), ds, tests, config.precision)
         if process == 0:
             _write(folder / "results.json", json.dumps(results, indent=1))
-        _wait()
+    _mean_over_processes([torch.zeros(1, device=DEVICE)])  # then all find what the first has written
 
 def _refuse_not_finite(config: Config, state: dict, samples: Iterable[str]) -> None:
     if not state["loss_sum"].isfinite():
@@ -1480,8 +1441,7 @@ def _refuse_not_finite(config: Config, state: dict, samples: Iterable[str]) -> N
         raise ValueError(f"{where} {some}. Try a smaller lr, under another name.")
 
 def _end_epoch(config, ds, parts, folder, state, seconds, quiet, show) -> None:
-    """Measures on the validation samples, and writes down what the epoch has brought; the checkpoint last, so
-    that a kill in between repeats the epoch."""
+    """Measures and writes what the epoch has brought, the checkpoint last: a kill before it repeats all."""
     measured = _kept(state)
     # Learned weights change from epoch to epoch; epochs are compared by weights that do not.
     learned = config.depth_weight == "learned"
@@ -1517,7 +1477,6 @@ def _kept(state: dict) -> nn.Module:
     return state["average"].module if "average" in state else state["model"]
 
 def _save(folder: Path, state: dict) -> None:
-    """Writes a checkpoint: the states of all parts, and plain values."""
     if _processes()[0] == 0:
         plain = {name: getattr(part, "state_dict", lambda part=part: part)() for name, part in state.items()}
         _write(folder / "checkpoint.pt", plain)
@@ -1559,9 +1518,8 @@ PATIENCE, LOOK_AGAIN = 120.0, 15.0  # seconds: until Drive counts as hung; betwe
 
 @functools.cache
 def _drive(local: Path) -> SimpleNamespace | None:
-    """The project's `folder` on the user's Drive, to which a thread copies the workspace from now on, so that
-    nothing waits for a Drive that fails or hangs; `there`, when each file that is on it was changed; and
-    `trouble`, what fails now. None outside Colab, and without consent, for which this asks."""
+    """The project's `folder` on Drive, to which a thread copies the workspace from now on; `there`, when each
+    file on it was changed; `trouble`, what fails now. None outside Colab, and where consent is refused."""
     if not in_colab():
         return None
     from google.colab import drive
@@ -1578,39 +1536,35 @@ def _drive(local: Path) -> SimpleNamespace | None:
 def _copy_for_ever(local: Path, drive: SimpleNamespace) -> None:
     while True:
         before, drive.trouble = drive.trouble, _copy_newer(local, drive.folder, drive, drive.there)
-        if bool(drive.trouble) != bool(before):
-            what = f"fails ({drive.trouble}); work goes on" if drive.trouble else "answers again"
-            tqdm.write(f"Google Drive {what}.")
+        if drive.trouble and not before:
+            tqdm.write(f"Google Drive fails ({drive.trouble}); work goes on.")
         if before and not drive.trouble:
+            tqdm.write("Google Drive answers again.")
             drive.there.clear()  # Drive may have lost what it had not uploaded
         time.sleep(LOOK_AGAIN)
 
 def _copy_newer(source: Path, target: Path, drive: SimpleNamespace, done: dict, name: AnyPath = "") -> str:
-    """Copies what is newer in one folder to the other, the oldest first, and says what went wrong. Of a run,
-    what is newer waits for what is older: its checkpoint must not arrive before its pictures."""
-    failed, trouble = set(), ""
-    try:
-        os.stat(drive.folder.parent)  # where Drive is not mounted, its folders must not be made
-        files = [(file, _changed(file)) for file in _files(source / name)]
-    except OSError as error:
-        return str(error)
-    for file, changed in files:
-        inside = file.relative_to(source)
+    """Copies what is newer in one folder to the other, and says what went wrong. Of a run the oldest comes
+    first, and what is newer waits for it: a checkpoint must not arrive before its pictures."""
+    trouble = ""
+    for entry in [source / name] if name else source.glob("*"):
         try:
             os.stat(drive.folder.parent)
-            if inside.parts[0] not in failed and done.get(file) != changed == _changed(file):
-                if changed > _changed(target / inside) + 10**7:  # Drive counts milliseconds
-                    _copy(file, target / inside)
-                done[file] = changed
+            for changed, file in _files(entry):
+                os.stat(drive.folder.parent)  # where Drive is not mounted, its folders must not be made
+                copy = target / file.relative_to(source)
+                if done.get(file) != changed == _changed(file):
+                    if changed > _changed(copy) + 10**7:  # Drive counts milliseconds
+                        _copy(file, copy)
+                    done[file] = changed
         except OSError as error:
-            failed.add(inside.parts[0])
             trouble = str(error)
     return trouble
 
-def _files(folder: Path) -> list[Path]:
-    """The files in a folder, or one file, but for hidden and half-written ones, the oldest first."""
-    files = [folder] if folder.is_file() else [file for file in folder.rglob("*") if file.is_file()]
-    return sorted((f for f in files if f.name[0] != "." and f.suffix != ".part"), key=_changed)
+def _files(folder: Path) -> list[tuple[int, Path]]:
+    """(when written, path) of a folder's files, or of one, the oldest first; none hidden or half-written."""
+    files = [file for file in (folder, *folder.rglob("*")) if file.is_file()]
+    return sorted((_changed(file), file) for file in files if file.name[0] != "." and file.suffix != ".part")
 
 def _changed(path: Path) -> int:
     """When a file was last written, in ns; 0 where there is none."""
@@ -1626,8 +1580,7 @@ def _copy(source: Path, target: Path) -> None:
         os.replace(part, target)
 
 def fetch(name: AnyPath) -> Path:
-    """The place of a file or folder in the workspace, after what is newer on Drive was brought there. Where
-    Drive fails or hangs, a line says so."""
+    """The place of a file or folder in the workspace, after what is newer on Drive was brought there."""
     local, brought = workspace(), []
     if drive := _drive(local):
         bring = functools.partial(_copy_newer, drive.folder, local, drive, {}, name)
@@ -1645,7 +1598,7 @@ def drive_report(patience: float = 600) -> str:
         goes = f", {local}, and goes with this machine: download it" if in_colab() else ""
         return f"Nothing is copied to Google Drive. What was made is in the workspace{goes}."
     there = drive.there
-    while (missing := [f for f in _files(local) if there.get(f) != _changed(f)]) and time.monotonic() < until:
+    while (missing := [f for at, f in _files(local) if there.get(f) != at]) and time.monotonic() < until:
         time.sleep(0.1)
     if missing:
         names = ", ".join(file.relative_to(local).as_posix() for file in missing)
@@ -1658,10 +1611,9 @@ def drive_report(patience: float = 600) -> str:
 WEIGHTS = ROOT / "assets" / "difference_unet.pt"  # the project's, trained on drawn scenes at 192 pixels
 
 def load_model(weights: AnyPath = "") -> nn.Module:
-    """A trained network in float32, ready to predict, with its `name` in MODELS, the `size` in pixels and the
-    `tasks` that it was trained on. `weights` is the folder of a run, its best.pt, or a state dict of a
-    network in MODELS, known by its shapes and taken for one of 192 pixels; empty: the project's. Raises
-    FileNotFoundError, and ValueError for what holds no such weights."""
+    """A trained network in float32, ready to predict, with its `name` in MODELS, and the `size` and `tasks`
+    it was trained on. `weights` is the folder of a run, its best.pt, or a state dict known by its shapes,
+    of 192 pixels; empty: the project's. Raises FileNotFoundError, ValueError for no weights."""
     path = _found(weights or WEIGHTS, "Give the folder of a run, or a file of weights.")
     path = _found(path / "best.pt", "The run has finished no epoch yet.") if path.is_dir() else path
     state, beside = _load_state(path), path.parent / "config.json"
@@ -1683,8 +1635,7 @@ def load_model(weights: AnyPath = "") -> nn.Module:
 def predict(model: nn.Module, bg: Tensor, fg_bg: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
     """The mask, 0 or 1, and the depth in [0, 1] of pictures of any size, as large as `fg_bg`: (N, 1, H, W) on
     DEVICE. `bg` and `fg_bg` are (N, 3, H, W) or (3, H, W), float in [0, 1] or uint8; the network sees them at
-    `size` pixels a side, by default its own. Raises ValueError for other pictures, and sizes that its strides
-    do not divide."""
+    `size` pixels a side, by default its own. Raises ValueError for other pictures and sizes."""
     side, small = size or getattr(model, "size", 192), []
     for pictures in (bg, fg_bg):
         pictures = (pictures[None] if pictures.dim() == 3 else pictures).to(DEVICE)
@@ -1707,9 +1658,8 @@ def open_photo(path: AnyPath) -> np.ndarray:
 
 def align_background(bg: np.ndarray, fg_bg: np.ndarray) -> np.ndarray:
     """`bg` as it would look from where `fg_bg` was taken and in its light, as large as `fg_bg`; what it does
-    not show is taken from `fg_bg`. Both are photos of one place, uint8 (H, W, 3). Of the motions that come
-    into question the one is taken after which the photos differ least; none, unless another is clearly
-    better."""
+    not show is taken from `fg_bg`. Both are photos of one place, uint8 (H, W, 3). It moves by what makes the
+    photos differ least, and not at all unless that is clearly better."""
     height, width = fg_bg.shape[:2]
     bg = cv2.resize(bg, (width, height), interpolation=cv2.INTER_AREA)
     scale, least = min(1, 480 / max(height, width)), np.inf
@@ -1722,9 +1672,10 @@ def align_background(bg: np.ndarray, fg_bg: np.ndarray) -> np.ndarray:
 
     for k, motion in enumerate(_motions([cv2.cvtColor(of, cv2.COLOR_RGB2GRAY) for of in small])):
         shown, inside = moved(small[0], motion)
-        gain, bias, difference = _fit_light(shown, small[1], inside > 0)
-        if difference < least and inside.mean() > 0.5:
-            least, best = difference if k else difference / 1.15, (motion, gain, bias)
+        if inside.mean() > 0.5:
+            gain, bias, difference = _fit_light(shown, small[1], inside > 0)
+            if difference < least:
+                least, best = difference if k else difference / 1.15, (motion, gain, bias)
     (motion, gain, bias), zoom = best, np.diag([scale, scale, 1])
     bg, inside = moved(bg, np.linalg.inv(zoom) @ motion @ zoom)
     curve = (np.arange(256)[:, None] * gain + bias).clip(0, 255).round().astype(np.uint8)
@@ -1742,21 +1693,16 @@ def _motions(grey: list[np.ndarray]) -> Iterator[np.ndarray]:
         motion, good = cv2.findHomography(ends[:, 0], ends[:, 1], cv2.RANSAC, 2.0)
         if motion is not None and good.sum() > 20:
             yield motion
-    try:
+    with contextlib.suppress(cv2.error):  # it finds nothing
         half, start = map(cv2.pyrDown, grey), np.eye(2, 3, dtype=np.float32)
         _, motion = cv2.findTransformECC(*half, start, cv2.MOTION_EUCLIDEAN, (3, 40, 1e-4), None, 5)
         yield np.vstack([motion * [1, 1, 2], [0, 0, 1]])
-    except cv2.error:  # it finds nothing
-        return
 
 def _fit_light(bg: np.ndarray, fg_bg: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Gain and bias of each channel, (3,) each, by which `bg` comes nearest to `fg_bg` in the 60 % of its
-    pixels that fit best, and the mean difference there."""
+    """Gain and bias of each channel, and the mean difference of the 60 % of pixels that then fit best."""
     x, y = (cv2.blur(of, (3, 3))[::3, ::3][inside[::3, ::3]].astype(np.float32) for of in (bg, fg_bg))
-    gain, bias, good = np.ones(3), np.zeros(3), np.ones(len(x), bool)
+    good = np.ones(len(x), bool)
     for _ in range(4):
-        if not good.any():
-            return gain, bias, np.inf
         mean, spread = x[good].mean(0), x[good].var(0)
         gain = ((x[good] - mean) * y[good]).mean(0) / np.maximum(spread, 1e-6)
         gain = np.where(spread < 16, 1, gain).clip(0.4, 2.5)  # of one colour no gain can be told
@@ -1765,20 +1711,18 @@ def _fit_light(bg: np.ndarray, fg_bg: np.ndarray, inside: np.ndarray) -> tuple[n
         good = differences <= np.quantile(differences, 0.6)
     return gain, bias, float(differences[good].mean())
 
-def _answers(model: nn.Module, bg: np.ndarray, photo: np.ndarray, align: bool) -> dict[str, np.ndarray]:
-    """The mask and the depth of a photo, uint8 (H, W), 255 the object and the far end, as far as the network
-    was trained for them."""
-    bg = align_background(bg, photo) if align else bg
-    answers = predict(model, *(torch.from_numpy(of).permute(2, 0, 1) for of in (bg, photo)))
-    answers = zip(KINDS[2:], (of[0, 0].mul(255).round().byte().cpu().numpy() for of in answers), strict=True)
-    return {task: of for task, of in answers if task in getattr(model, "tasks", KINDS)}
-
 def _refuse_existing(files: Iterable[Path], overwrite: bool) -> None:
     if there := [str(file) for file in files if file.exists() and not overwrite]:
         raise FileExistsError(f"{', '.join(there)}: there already. Give another folder, or overwrite=True.")
 
-def _save_answers(answers: dict[str, np.ndarray], place: Path, overwrite: bool) -> dict[str, Path]:
-    """Writes `<place>_mask.png` and `<place>_depth.png`; gives their paths."""
+def _answer(model: nn.Module, bg: np.ndarray, photo: np.ndarray, align: bool, place: Path,
+            overwrite: bool) -> tuple[dict[str, np.ndarray], dict[str, Path]]:
+    """The mask and the depth of a photo, uint8 (H, W), 255 the object and the far end, as far as the network
+    was trained for them; and the files where they are written, `<place>_mask.png` and `<place>_depth.png`."""
+    bg = align_background(bg, photo) if align else bg
+    answers = predict(model, *(torch.from_numpy(of).permute(2, 0, 1) for of in (bg, photo)))
+    answers = zip(KINDS[2:], (of[0, 0].mul(255).round().byte().cpu().numpy() for of in answers), strict=True)
+    answers = {task: of for task, of in answers if task in getattr(model, "tasks", KINDS)}
     files = {task: place.with_name(f"{place.name}_{task}.png") for task in answers}
     _refuse_existing(files.values(), overwrite)
     try:
@@ -1787,7 +1731,7 @@ def _save_answers(answers: dict[str, np.ndarray], place: Path, overwrite: bool) 
             Image.fromarray(answers[task]).save(file)
     except OSError as error:
         raise OSError(f"{place.parent} cannot be written ({error}). Give another folder.") from error
-    return files
+    return answers, files
 
 class Prediction(NamedTuple):
     """What `predict_images` gives: its files, None for a task not trained, and a figure."""
@@ -1800,36 +1744,38 @@ def predict_images(weights: AnyPath | nn.Module, bg: AnyPath, image: AnyPath, fo
     """From two photos, of a place and of the same place with an object, the mask and the depth, by a network
     or the weights of one: `<image>_mask.png` and `<image>_depth.png`, grey, of the image's size, 255 the
     object and the far end, in the folder, by default the image's; over what is there only with `overwrite`.
-    Photos from a hand are first brought into line, unless told not to `align`.
-    Raises FileNotFoundError, FileExistsError, OSError where the folder cannot be written, and ValueError for
-    what is no picture or no weights, and for photos of different shape."""
+    Photos from a hand are first brought into line, unless told not to `align`. Raises FileNotFoundError,
+    FileExistsError, OSError for the folder, ValueError for no picture, no weights, and unlike shapes."""
     model, image = weights if isinstance(weights, nn.Module) else load_model(weights), Path(image)
     photos = [open_photo(path) for path in (bg, image)]
     (bg_height, bg_width), (height, width) = (photo.shape[:2] for photo in photos)
     if abs(np.log(bg_width * height / (bg_height * width))) > (0.2 if align else 0.02):
         shapes = f"{bg} has {bg_width} x {bg_height} pixels and {image} {width} x {height}"
         raise ValueError(f"{shapes}: not the same view. Take both photos from one place, and cut them alike.")
-    answers = _answers(model, *photos, align)
-    files = _save_answers(answers, Path(folder or image.parent) / image.stem, overwrite)
+    answers, files = _answer(model, *photos, align, Path(folder or image.parent) / image.stem, overwrite)
     step = max(1, max(height, width) // 800)  # a figure needs no more pixels
-    pictures = {"bg": photos[0], "fg_bg": photos[1]} | {task: of[..., None] for task, of in answers.items()}
-    row = [(TITLES.get(kind, kind), kind, torch.from_numpy(of[::step, ::step] / 255).permute(2, 0, 1), "")
-           for kind, of in pictures.items()]
-    figure = _draw([row])
+    shown = {"bg": photos[0], "fg_bg": photos[1]} | {task: of[..., None] for task, of in answers.items()}
+    shown = {kind: torch.from_numpy(of[::step, ::step] / 255).permute(2, 0, 1) for kind, of in shown.items()}
+    figure = _draw([[_cell(shown, kind) for kind in shown]])
     plt.close(figure)  # else pyplot would keep it
     return Prediction(files.get("mask"), files.get("depth"), figure)
 
 def predict_folder(weights: AnyPath | nn.Module, bg: AnyPath, source: AnyPath, folder: AnyPath,
                    overwrite: bool = False, align: bool = True) -> Path:
-    """What `predict_images` writes, for every photo of a folder or every frame of a video; and a video in
-    which the object is red: its path. One picture is in memory at a time. Raises as `predict_images` does."""
+    """What `predict_images` writes, for every photo of a folder or every frame of a video, and a video in
+    which the object is red: its path. Raises as `predict_images` does."""
     model, background = weights if isinstance(weights, nn.Module) else load_model(weights), open_photo(bg)
     source, film = _found(source, "Give a folder of photos, or a video."), Path(folder) / "overlay.mp4"
     _refuse_existing([film], overwrite)
     part, video = film.with_name("overlay.part.mp4"), None
-    for name, photo in tqdm(_shots(source), unit="picture", file=sys.stdout, leave=False):
-        answers = _answers(model, background, photo, align)
-        _save_answers(answers, film.with_name(name), overwrite)
+    if source.is_dir():
+        shots = ((path.stem, open_photo(path)) for path in sorted(source.glob("[!.]*")) if path.is_file())
+    else:
+        frames = iter(cv2.VideoCapture(str(source)).read, (False, None))
+        photos = (cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) for _, frame in frames)
+        shots = ((f"frame_{number:06}", photo) for number, photo in enumerate(photos, 1))
+    for name, photo in tqdm(shots, unit="picture", file=sys.stdout, leave=False):
+        answers, _ = _answer(model, background, photo, align, film.with_name(name), overwrite)
         if video is None:
             size = photo.shape[1] // 2 * 2, photo.shape[0] // 2 * 2
             video = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"mp4v"), 12, size)
@@ -1842,17 +1788,6 @@ def predict_folder(weights: AnyPath | nn.Module, bg: AnyPath, source: AnyPath, f
     os.replace(part, film)
     return film
 
-def _shots(source: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The photos in a folder, or the frames of a video, one after the other, with a name for each."""
-    for path in sorted(path for path in source.glob("[!.]*") if path.is_file()):  # of a video none
-        yield path.stem, open_photo(path)
-    frames = cv2.VideoCapture(str(source)) if source.is_file() else None
-    for number in itertools.count(1) if frames else ():
-        read, frame = frames.read()
-        if not read:
-            return
-        yield f"frame_{number:06}", cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-
 # ---------- Pictures ----------------------------------------------------------------------------------------
 
 PART_COLOURS = {"test_seen": "#0173b2", "test_new_bg": "#029e73", "test_new_fg": "#de8f05"}
@@ -1861,10 +1796,10 @@ TITLES = {"bg": "background", "fg_bg": "with object", "iou": "mask IoU", "rmse":
 TITLES |= {"delta1": "depth δ < 1.25", "test_seen": "seen", "test_new_bg": "new background"}
 TITLES |= {"test_new_fg": "new object", "test_new_both": "new background and object"}
 LOWER_IS_BETTER = ("loss", "rmse", "mae", "abs_rel", "log10")
+FIRST_STEPS = (0, 10, 30, 100, 300)  # after so many steps of the first epoch, too, pictures are saved
 
 def _draw(rows: Sequence[Sequence[tuple]], labels: Sequence[str] = ("",)) -> Figure:
-    """A figure of rows of (title, kind, picture (C, H, W), caption): photographs as they are, masks grey,
-    depth and its error in colour maps, each with a bar."""
+    """A figure of rows of (title, kind, picture (C, H, W), caption), with bars for depth and its error."""
     figure, (height, width) = plt.figure(layout="constrained", dpi=110), rows[0][0][2].shape[1:]
     side = max(1.6, 12 / max(len(rows[0]), 4))
     between = 0.3 if any(caption for row in rows for *_, caption in row) else 0.1
@@ -1925,10 +1860,6 @@ def compare_predictions(models: dict[str, nn.Module], ds: ZipDataset, indices: S
         rows.append([_cell(first, "fg_bg", "input"), _cell(first, kind, "truth"), *predicted])
     return _draw(rows, [kind for _ in indices for kind in kinds])
 
-def _several(one: object) -> list:
-    """The runs, or results, of several seeds as they are, and a single one as a list."""
-    return list(one) if isinstance(one, list | tuple) else [one]
-
 def plot_history(runs: dict[str, Run | list], metrics: Sequence[str] = ("loss", "iou", "rmse")) -> Figure:
     """A panel a metric, a curve a run, over the epochs, on the validation samples; dashed: the loss in
     training. Of several seeds the curve is the mean, with a band from the least to the greatest."""
@@ -1936,7 +1867,7 @@ def plot_history(runs: dict[str, Run | list], metrics: Sequence[str] = ("loss", 
     figure, axes = plt.subplots(1, len(metrics), figsize=size, layout="constrained", dpi=110, squeeze=False)
     for metric, axis in zip(metrics, axes[0], strict=True):
         for k, (label, seeds) in enumerate(runs.items()):
-            table = pd.DataFrame([row for one in _several(seeds) for row in one.history])
+            table = pd.DataFrame([row for one in np.atleast_1d(seeds) for row in one.history])
             if f"valid_{metric}" not in table:  # of a run that is not trained for it
                 continue
             by_epoch = table.groupby("epoch")
@@ -1958,7 +1889,8 @@ def results_table(results: dict[str, Results | list[Results]],
     It is given `Run.results`, what `score` gives, or a list, one a seed: then mean ± standard deviation."""
     texts, bold = {}, {}
     for cell, metric in itertools.product(cells, metrics):
-        values = [[one.get(cell, {}).get(metric, np.nan) for one in _several(of)] for of in results.values()]
+        seeds = map(np.atleast_1d, results.values())
+        values = [[one.get(cell, {}).get(metric, np.nan) for one in of] for of in seeds]
         means, column = pd.Series(map(np.mean, values)), (TITLES.get(cell, cell), TITLES.get(metric, metric))
         if means.notna().any():
             spread = [f" ± {np.std(of, ddof=1):.3f}" if len(of) > 1 else "" for of in values]
@@ -1968,21 +1900,16 @@ def results_table(results: dict[str, Results | list[Results]],
     weight = pd.DataFrame(np.where(pd.DataFrame(bold), "font-weight: bold", ""), table.index, table.columns)
     return table.style.apply(lambda _: weight, axis=None).set_uuid("")
 
-FIRST_STEPS = (0, 10, 30, 100, 300)  # after so many steps of the first epoch, too, pictures are saved
-
 def _save_images(folder: Path, state: dict, ds: ZipDataset, parts: dict, config: Config) -> np.ndarray:
-    """Saves and gives a sheet of pictures, 8 bit as they are: a row for each of four training samples and
-    four of the last part, which has least in common with them; inputs, then of each task truth and
-    prediction."""
+    """Saves and gives a sheet of pictures, 8 bit as they are, `_columns` side by side: a row for each of four
+    training samples and four of the last part, which has least in common with them."""
     rows, last = [], [part for part, indices in parts.items() if len(indices)][-1]
     for indices in (parts["train"], parts[last]):
         shown = indices[np.linspace(0, len(indices) - 1, 4).astype(int)]
         for sample in _predictions(_kept(state), ds, shown, config.precision):
-            kinds = [f"{kind}{of}" for kind in ds.kinds for of in ("", "_predicted")]
-            rows.append(torch.cat([sample[kind].expand(3, -1, -1) for kind in kinds if kind in sample], 2))
+            rows.append(torch.cat([sample[kind].expand(3, -1, -1) for kind in _columns(config)], 2))
     sheet = torch.cat(rows, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
-    epoch = len(state["history"])
-    name = f"epoch_{epoch:03}" if epoch else f"epoch_000_step_{state['step']:03}"
+    name = f"epoch_{len(state['history']):03}" + ("" if state["history"] else f"_step_{state['step']:03}")
     with _replacing(folder / "images" / name / "sheet.png") as part:
         Image.fromarray(sheet).save(part, "png")
     return sheet
@@ -1992,8 +1919,8 @@ def _columns(config: Config) -> list[str]:
     return ["bg", "fg_bg", *(f"{task}{of}" for task in config.tasks for of in ("", "_predicted"))]
 
 def _live_view(config: Config, quiet: bool) -> Callable[[dict, np.ndarray], None]:
-    """In a notebook, a display of a run's curves and of three of its predictions on the hardest part, which
-    the function that this gives brings up to date. None if `quiet`, and in continuous integration."""
+    """What brings a notebook's display of a run up to date: its curves, three predictions on the last part.
+    None is shown if `quiet`, and in continuous integration."""
     if quiet or "CI" in os.environ or not hasattr(get_ipython(), "kernel"):
         return lambda state, sheet: None
     handle, columns = display(f"{config.name} begins", display_id=True), _columns(config)
@@ -2028,17 +1955,16 @@ def saved_pictures(run: Run) -> dict[str, np.ndarray]:
 def _saved_cell(sample: np.ndarray, kind: str, title: str, config: Config) -> tuple[str, str, Tensor, str]:
     """For `_draw`, one of the pictures of a sample that a run has saved."""
     picture = torch.from_numpy(sample[_columns(config).index(kind)] / 255).permute(2, 0, 1)
-    return title, kind, picture if kind.endswith("bg") else picture[:1], ""
+    return title, kind, picture[: CHANNELS.get(kind, 1)], ""
 
 def plot_progress(run: Run, samples: Sequence[int] = (4, 6)) -> Figure:
-    """A filmstrip of what `saved_pictures` gives: for each of these samples a row a task, with the input, the
-    prediction at up to four moments, and the truth. Raises as that does."""
+    """Of `saved_pictures`, a row a sample and task: the input, up to four predictions, and the truth."""
     saved, rows = saved_pictures(run), []
     moments = [[*saved][i] for i in np.unique(np.linspace(0, len(saved) - 1, 4).astype(int))]
     for sample, task in itertools.product(samples, run.config.tasks):
-        shown = [("fg_bg", "input"), *((f"{task}_predicted", moment) for moment in moments), (task, "truth")]
+        shown = {"input": "fg_bg"} | dict.fromkeys(moments, f"{task}_predicted") | {"truth": task}
         rows.append([_saved_cell(saved.get(title, saved[moments[0]])[sample], kind, title, run.config)
-                     for kind, title in shown])
+                     for title, kind in shown.items()])
     return _draw(rows, [task for _ in samples for task in run.config.tasks])
 
 def explore(draw: Callable[..., object], **controls: object) -> None:
@@ -2062,8 +1988,7 @@ def explore(draw: Callable[..., object], **controls: object) -> None:
     display(ipywidgets.VBox([*controls.values(), picture]))
 
 def browse(run: Run) -> None:
-    """Shows in a notebook what `saved_pictures` gives: choose a sample, move or play through the epochs.
-    Raises as that does."""
+    """Shows in a notebook what `saved_pictures` gives: choose a sample, play through steps and epochs."""
     import ipywidgets
 
     saved = saved_pictures(run)
