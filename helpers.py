@@ -1295,7 +1295,7 @@ def score(model: nn.Module, ds: ZipDataset, parts: dict[str, np.ndarray], precis
     return {part: pd.DataFrame(of).astype(float).mean().to_dict() for part, of in values.items()}
 
 def run_all(configs: dict[str, Sequence[Config]]) -> dict[str, list[Run]]:
-    """`run` for lists of Configs, such as one a seed; checkpoints, which would fill a Drive, are deleted."""
+    """`run` for lists of Configs, such as one a seed. Deletes their checkpoints, but for copies on Drive."""
     runs = {label: [] for label in configs}
     todo = [(label, config) for label, several in configs.items() for config in several]
     for label, config in tqdm(todo, unit=" runs", leave=False, file=sys.stdout):
@@ -1767,9 +1767,12 @@ def predict_folder(weights: AnyPath | nn.Module, bg: AnyPath, source: AnyPath, f
     model, background = weights if isinstance(weights, nn.Module) else load_model(weights), open_photo(bg)
     source, film = _found(source, "Give a folder of photos, or a video."), Path(folder) / "overlay.mp4"
     _refuse_existing([film], overwrite)
-    part, video = film.with_name("overlay.part.mp4"), None
+    part, video = film.with_name(".overlay.mp4"), None  # hidden, so that Drive gets it whole
     if source.is_dir():
-        shots = ((path.stem, open_photo(path)) for path in sorted(source.glob("[!.]*")) if path.is_file())
+        files = [path for path in sorted(source.glob("[!.]*")) if path.is_file()]
+        if len({path.stem for path in files}) < len(files):
+            raise ValueError(f"{source}: two photos differ in the ending of their names alone. Rename one.")
+        shots = ((path.stem, open_photo(path)) for path in files)
     else:
         frames = iter(cv2.VideoCapture(str(source)).read, (False, None))
         photos = (cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) for _, frame in frames)
@@ -1854,6 +1857,7 @@ def compare_predictions(models: dict[str, nn.Module], ds: ZipDataset, indices: S
                         kinds: Sequence[str] = KINDS[2:]) -> Figure:
     """A row a sample and kind: the picture, the truth, and the prediction of each network that has one."""
     found, rows = {name: _predictions(model, ds, indices) for name, model in models.items()}, []
+    kinds = [kind for kind in kinds if kind in ds.kinds]
     for i, kind in itertools.product(range(len(indices)), kinds):
         first = next(iter(found.values()))[i]
         predicted = [_cell(samples[i], f"{kind}_predicted", name) for name, samples in found.items()]
@@ -1879,7 +1883,8 @@ def plot_history(runs: dict[str, Run | list], metrics: Sequence[str] = ("loss", 
         axis.set(title=TITLES.get(metric, metric), xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
     if len(runs) > 1:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+        lines = {line.get_label(): line for axis in axes[0] for line in axis.get_legend_handles_labels()[0]}
+        figure.legend(lines.values(), lines.keys(), loc="outside right upper")
     return figure
 
 def results_table(results: dict[str, Results | list[Results]],
@@ -1923,7 +1928,7 @@ def _live_view(config: Config, quiet: bool) -> Callable[[dict, np.ndarray], None
     None is shown if `quiet`, and in continuous integration."""
     if quiet or "CI" in os.environ or not hasattr(get_ipython(), "kernel"):
         return lambda state, sheet: None
-    handle, columns = display(f"{config.name} begins", display_id=True), _columns(config)
+    handle, columns = display({"text/plain": "..."}, raw=True, display_id=True), _columns(config)
 
     def show(state: dict, sheet: np.ndarray) -> None:
         figure, (curves, pictures) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(1, 2), dpi=80)
@@ -1941,7 +1946,7 @@ def _live_view(config: Config, quiet: bool) -> Callable[[dict, np.ndarray], None
 
 def saved_pictures(run: Run) -> dict[str, np.ndarray]:
     """What a run has saved while it learned, the oldest first: "step 10" or "epoch 1" -> uint8 pictures (8,
-    columns, size, size, 3), of four training samples and four of the hardest test part; the columns are bg,
+    columns, size, size, 3), of four training samples and four of the last part there is; the columns are bg,
     fg_bg, and of each trained task truth and prediction. Raises FileNotFoundError."""
     saved, size, columns = {}, run.config.size, len(_columns(run.config))
     for file in sorted(run.folder.glob("images/*/sheet.png")):
@@ -1992,7 +1997,7 @@ def browse(run: Run) -> None:
     import ipywidgets
 
     saved = saved_pictures(run)
-    samples = [f"{part} sample {k}" for part in ("training", "test") for k in (1, 2, 3, 4)]
+    samples = [f"{part} sample {k}" for part in ("training", "other") for k in (1, 2, 3, 4)]
     sample = ipywidgets.Dropdown(options=[(name, k) for k, name in enumerate(samples)], value=4)
     moment = ipywidgets.SelectionSlider(options=[*saved])
     play = ipywidgets.Play(max=len(saved) - 1, interval=700)

@@ -80,7 +80,7 @@ def test_a_task_alone_is_shown_alone(write_zip, tmp_path, ds, baseline, kind, ot
     one, network = ZipDataset(tmp_path / "a.zip", SIZE), type(baseline)(20, baseline.mean_depth)
     assert len(shown(helpers.show_samples(one, [0, 1]))) == 3 * 2
     assert len(shown(helpers.show_predictions(network, one, [0, 1]))) == 5 * 2
-    assert len(shown(helpers.compare_predictions({"a": network}, one, [0]))) >= 3
+    assert len(shown(helpers.compare_predictions({"a": network}, one, [0]))) == 3
     network.tasks = (kind,)
     titles = [axis.get_title() for axis in helpers.show_predictions(network, ds, [0]).axes]
     assert sum("predicted" in title for title in titles) == 1
@@ -101,6 +101,9 @@ def test_plot_history_draws_a_panel_a_metric_and_a_curve_a_run():
     assert [[*line.get_ydata()] for line in loss.lines] == [[3, 2], [6, 4], [3, 2.5, 1], [6, 5, 2]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["short", "long"]
     assert len(helpers.plot_history(runs).axes) == 3  # where depth is not trained, too
+    runs["depth"] = Run(Config("b"), Path("b"), [{"epoch": 0, "train_loss": 1, "valid_rmse": 2}], [1.0], {})
+    legend = helpers.plot_history(runs, metrics=("iou", "rmse")).legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["short", "long", "depth"]
 
 
 def test_of_several_seeds_the_curve_is_the_mean_in_a_band():

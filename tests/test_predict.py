@@ -391,3 +391,6 @@ def test_what_is_no_folder_of_photos_and_no_video_is_said(tmp_path):
     with pytest.raises(ValueError, match=r"notes\.txt cannot be read as a picture"):
         predict_folder(StandIn(), bg, photos, tmp_path / "out")
     assert not (tmp_path / "out" / "overlay.mp4").exists()  # a film is whole or not there
+    (photos / "0.bmp").write_bytes((photos / "0.png").read_bytes())
+    with pytest.raises(ValueError, match="differ in the ending of their names alone"):
+        predict_folder(StandIn(), bg, photos, tmp_path / "out", overwrite=True)
