@@ -1957,10 +1957,10 @@ def saved_pictures(run: Run) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"{run.folder} holds no pictures; a run saves the first when it begins.")
     return saved
 
-def _saved_cell(sample: np.ndarray, kind: str, title: str, config: Config) -> tuple[str, str, Tensor, str]:
-    """For `_draw`, one of the pictures of a sample that a run has saved."""
-    picture = torch.from_numpy(sample[_columns(config).index(kind)] / 255).permute(2, 0, 1)
-    return title, kind, picture[: CHANNELS.get(kind, 1)], ""
+def _saved_sample(pictures: np.ndarray, config: Config) -> dict[str, Tensor]:
+    """For `_cell`, a sample that a run has saved: kind -> picture (C, H, W)."""
+    pairs = zip(_columns(config), torch.from_numpy(pictures / 255).permute(0, 3, 1, 2), strict=True)
+    return {kind: picture[: CHANNELS.get(kind, 1)] for kind, picture in pairs}
 
 def plot_progress(run: Run, samples: Sequence[int] = (4, 6)) -> Figure:
     """Of `saved_pictures`, a row a sample and task: the input, up to four predictions, and the truth."""
@@ -1968,8 +1968,8 @@ def plot_progress(run: Run, samples: Sequence[int] = (4, 6)) -> Figure:
     moments = [[*saved][i] for i in np.unique(np.linspace(0, len(saved) - 1, 4).astype(int))]
     for sample, task in itertools.product(samples, run.config.tasks):
         shown = {"input": "fg_bg"} | dict.fromkeys(moments, f"{task}_predicted") | {"truth": task}
-        rows.append([_saved_cell(saved.get(title, saved[moments[0]])[sample], kind, title, run.config)
-                     for title, kind in shown.items()])
+        at = {moment: _saved_sample(saved[moment][sample], run.config) for moment in moments}
+        rows.append([_cell(at.get(title, at[moments[0]]), kind, title) for title, kind in shown.items()])
     return _draw(rows, [task for _ in samples for task in run.config.tasks])
 
 def explore(draw: Callable[..., object], **controls: object) -> None:
@@ -2004,9 +2004,8 @@ def browse(run: Run) -> None:
     ipywidgets.jslink((play, "value"), (moment, "index"))
 
     def draw(sample: int, moment: str) -> None:
-        of = saved[moment][sample]
-        titles = {kind: TITLES.get(kind, kind.replace("_", " ")) for kind in _columns(run.config)}
-        _draw([[_saved_cell(of, kind, title, run.config) for kind, title in titles.items()]])
+        shown = _saved_sample(saved[moment][sample], run.config)
+        _draw([[_cell(shown, kind) for kind in shown]])
 
     display(play)
     explore(draw, sample=sample, moment=moment)
