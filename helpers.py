@@ -96,7 +96,7 @@ def data_zip(path: AnyPath = "") -> Path:
     given = str(path) or os.environ.get("DATA_ZIP", "")
     if not given:
         made = fetch("scenes.zip")
-        if SCALE == "full":
+        if SCALE == "full" and not made.exists():
             with filelock.FileLock(made.with_name(".scenes.lock")):  # of several processes one draws
                 if not made.exists():
                     print("There is no data set yet: notebook 00 draws one, which takes some minutes.")
