@@ -51,12 +51,17 @@ def grey(nb):
     return nb.plain([0.5] * 3)
 
 
-def yard(nb, size=96, meshes=(), lights=(), solids=()):
-    """A flat ground, with more meshes if wanted, rendered."""
+def yard_scene(nb, size=96, meshes=(), lights=(), solids=()):
+    """A flat ground, with more meshes if wanted."""
     ground = nb.box([-60, -1, -60], [60, 0, 60], grey(nb))
     cam, ambient = camera(nb, size, pitch=12), np.array([[0.5] * 3, [0.2] * 3])
     solids = np.array(solids).reshape(-1, 2, 3)
-    return nb.render(nb.Scene(nb.World([ground, *meshes]), cam, list(lights), ambient, solids), 0)
+    return nb.Scene(nb.World([ground, *meshes]), cam, list(lights), ambient, solids)
+
+
+def yard(nb, *args, **kwargs):
+    """That, rendered."""
+    return nb.render(yard_scene(nb, *args, **kwargs), 0)
 
 
 def crate(nb):
@@ -257,6 +262,23 @@ def test_every_object_is_seen_on_every_background(nb, number):
     for image, mask, depth in nb.make_pair(0, 64, number, 7 * number, 0):
         assert 0.003 < mask.mean() < 0.4 and np.isfinite(image).all() and (image >= 0).all()
         assert (depth[mask] <= backdrop.depth[mask] + 1e-6).all()
+
+
+@pytest.mark.parametrize("seed, blocked", [(91, 0), (92, 1), (93, 2)])
+def test_a_view_without_floor_within_reach_is_drawn_anew(nb, monkeypatch, seed, blocked):
+    """Scenes of which the first have a wall right before the camera: the first without one is taken."""
+    before = nb.box([-9, -1, -1.1], [9, 9, -1], grey(nb))
+    drawn = []
+
+    def scene(rng, size):
+        drawn.append(rng.random())
+        return yard_scene(nb, size, [before] if len(drawn) <= blocked else [])
+
+    monkeypatch.setattr(nb, "room", scene)
+    monkeypatch.setattr(nb, "outdoors", scene)
+    for number in range(3):
+        assert all(mask.any() for _, mask, _ in nb.make_pair(seed, 64, 0, number, 0))
+    assert len(set(drawn)) == len(drawn) == blocked + 1  # none alike, and none too many
 
 
 # The zip
