@@ -137,6 +137,11 @@ def test_readme_links_every_notebook_and_what_it_links_exists():
     assert all(f"/blob/main/notebooks/{name})" in README for name in NOTEBOOKS)
 
 
+def test_the_first_cell_and_readme_estimate_the_same_minutes_on_a_t4(notebook, name):
+    said = re.search(rf"^.*notebooks/{name}\).*? s \| (\d+) \|", README, re.MULTILINE)[1]
+    assert re.findall(r"estimated\s(\d+)\sminutes?\son\sa\sT4", notebook.cells[0].source) == [said]
+
+
 def test_cells_may_be_run_twice_and_in_another_order():
     """Every cell twice in a row; then all but the setup once more, the last one first."""
     cells = [cell.source for cell in code(NOTEBOOKS["01_data.ipynb"])]
