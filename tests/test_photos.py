@@ -1,4 +1,4 @@
-"""Chapter 10 of notebooks/00_make_dataset.ipynb: photos and cut-outs composed, with depth from a teacher."""
+"""Chapter 10 of notebook 00: photos composed with cut-outs, and a teacher's depth; the project's photographs."""
 
 import io
 import zipfile
@@ -11,7 +11,7 @@ from test_make_dataset import read
 
 import helpers
 
-SIZE = 64
+SIZE, PHOTOGRAPHS = 64, helpers.ROOT / "assets" / "photos"
 HIDDEN = (255, 0, 255)  # what the cut-outs hold where they are transparent: it must not show
 
 
@@ -142,8 +142,7 @@ def test_backgrounds_are_cropped_in_the_middle_and_turned_as_the_camera_says(nb,
     stripes[:, :50] = stripes[:, 150:] = (255, 0, 0)
     stripes[:50, 50:150] = (0, 0, 255)  # the middle square: blue above, black below
     Image.fromarray(stripes).save(tmp_path / "wide.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown after a quarter turn clockwise
+    (exif := Image.Exif())[0x0112] = 6  # to be shown after a quarter turn clockwise
     Image.fromarray(stripes).save(tmp_path / "turned.jpg", quality=95, exif=exif)
     upright = np.asarray(nb.open_background(tmp_path / "wide.png", 50))
     turned = np.asarray(nb.open_background(tmp_path / "turned.jpg", 50))
@@ -155,8 +154,7 @@ def test_backgrounds_are_cropped_in_the_middle_and_turned_as_the_camera_says(nb,
 
 
 def test_a_cutout_is_turned_as_the_camera_says(nb, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
+    (exif := Image.Exif())[0x0112] = 6
     cutout(40, 20).save(tmp_path / "turned.png", exif=exif)
     cutout(40, 20).transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
     turned, upright = (nb.open_cutout(tmp_path / f"{name}.png", 20, 64) for name in ("turned", "upright"))
@@ -191,8 +189,7 @@ def test_a_teachers_error_leaves_what_was_there(nb, photos):
 
 
 def as_bytes(picture, kind="PNG"):
-    file = io.BytesIO()
-    picture.save(file, kind)
+    picture.save(file := io.BytesIO(), kind)
     return file.getvalue()
 
 
@@ -223,6 +220,22 @@ def test_a_folder_that_is_not_there(nb, tmp_path, given):
         nb.compose_photos(given, given, tmp_path / "a.zip", teacher=brightness)
 
 
+@pytest.mark.parametrize("name", ["lounge", "meadow", "moved", "shadow", "sunset"])
+def test_a_pair_of_photographs_differs_at_its_object_and_perhaps_a_shadow(name):
+    kinds = "bg.jpg", "fg_bg.jpg", "mask.png"
+    bg, fg_bg, mask = (np.array(Image.open(PHOTOGRAPHS / f"{name}_{kind}"), int) for kind in kinds)
+    assert bg.shape == fg_bg.shape == (*mask.shape, 3) and np.unique(mask).tolist() == [0, 255]
+    inside, outside = (np.abs(fg_bg - bg).mean(2)[mask == value] for value in (255, 0))
+    assert inside.mean() > 15 and (np.quantile(outside, 0.9) < 12) == (name != "moved")
+
+
+def test_every_photograph_has_its_author_and_licence():
+    names = {file.name for file in PHOTOGRAPHS.iterdir()} - {"LICENCES.md"}
+    text = (PHOTOGRAPHS / "LICENCES.md").read_text("utf-8")
+    licensed = {name for row in text.splitlines() if "[CC BY 4.0] |" in row for name in row.split("`")}
+    assert len(names) == 15 and names <= licensed
+
+
 def save_tiny(folder, kind="relative"):
     """Saves a Depth Anything model with random weights, and what prepares its pictures; gives both."""
     import transformers
@@ -234,10 +247,9 @@ def save_tiny(folder, kind="relative"):
     neck |= {"head_hidden_size": 8, "initializer_range": 0.3, "depth_estimation_type": kind, "max_depth": 20}
     config = transformers.DepthAnythingConfig(backbone_config=transformers.Dinov2Config(**sizes), **neck)
     model = transformers.DepthAnythingForDepthEstimation(config).eval()
-    size = {"size": {"height": 56, "width": 56}, "ensure_multiple_of": 14}
-    processor = transformers.DPTImageProcessor(keep_aspect_ratio=True, do_resize=True, **size)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    size = {"size": {"height": 56, "width": 56}, "ensure_multiple_of": 14, "keep_aspect_ratio": True}
+    processor = transformers.DPTImageProcessor(do_resize=True, **size)
+    model.save_pretrained(folder), processor.save_pretrained(folder)
     return model, processor
 
 
