@@ -1,4 +1,4 @@
-"""Chapter 10 of notebook 00: photos composed with cut-outs, and a teacher's depth; the project's photographs."""
+"""Chapter 10 of notebook 00: photos composed with cut-outs, a teacher's depth; the project's photographs."""
 
 import io
 import zipfile
