@@ -1370,8 +1370,8 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
     state = {"model": model, "loss": loss_of, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     state |= {"step": 0, "lr": 0.0, "loss_sum": torch.zeros((), device=DEVICE), "history": [], "best": {}}
     if config.average:  # at first over few steps, so that the random weights of the start are soon forgotten
-        def towards(kept: Tensor, new: Tensor, n: Tensor) -> Tensor:
-            return kept + (new - kept) * (1 - min(config.average, (int(n) + 1) / (int(n) + 10)))
+        def towards(kept: Tensor, new: Tensor, _: Tensor) -> Tensor:  # to look at its count is to wait for it
+            return kept + (new - kept) * (1 - min(config.average, (state["step"] + 1) / (state["step"] + 10)))
 
         state["average"] = torch.optim.swa_utils.AveragedModel(model, avg_fn=towards, use_buffers=True)
     checkpoint = folder / "checkpoint.pt"
