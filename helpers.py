@@ -1608,7 +1608,7 @@ def drive_report(patience: float = 600) -> str:
 
 # ---------- Prediction --------------------------------------------------------------------------------------
 
-WEIGHTS = ROOT / "assets" / "difference_unet.pt"  # the project's, trained on drawn scenes at 192 pixels
+WEIGHTS = ROOT / "assets" / "difference_unet.pt"  # the project's, for 192 pixels
 
 def load_model(weights: AnyPath = "") -> nn.Module:
     """A trained network in float32, ready to predict, with its `name` in MODELS, and the `size` and `tasks`
