@@ -1,11 +1,11 @@
 """Chapter 10 of notebook 00: photos composed with cut-outs, a teacher's depth; the project's photographs."""
 
-import io
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from conftest import encoded
 from PIL import Image
 from test_make_dataset import read
 
@@ -188,21 +188,16 @@ def test_a_teachers_error_leaves_what_was_there(nb, photos):
     assert (photos / "photos.zip").read_bytes() == b"earlier" and not (photos / "photos.zip.part").exists()
 
 
-def as_bytes(picture, kind="PNG"):
-    picture.save(file := io.BytesIO(), kind)
-    return file.getvalue()
-
-
 BAD_PHOTOS = [
     ("bg/c.txt", b"notes", "cannot be read as a picture"),
-    ("bg/c.jpg", as_bytes(scene(0, 200, 200), "JPEG")[:2000], "cannot be read as a picture"),
-    ("bg/c.png", as_bytes(Image.new("I;16", (9, 9))), "more than 8 bits"),
-    ("bg/c.png", as_bytes(cutout(30, 30)), "transparent in parts"),
+    ("bg/c.jpg", encoded(scene(0, 200, 200), ".jpg")[:2000], "cannot be read as a picture"),
+    ("bg/c.png", encoded(Image.new("I;16", (9, 9))), "more than 8 bits"),
+    ("bg/c.png", encoded(cutout(30, 30)), "transparent in parts"),
     ("fg/c.txt", b"notes", "cannot be read as a picture"),
-    ("fg/c.png", as_bytes(Image.new("I;16", (9, 9))), "transparent nowhere"),
-    ("fg/c.jpg", as_bytes(scene(0, 30, 30), "JPEG"), "transparent nowhere"),
-    ("fg/c.png", as_bytes(Image.new("RGBA", (30, 30), (9, 9, 9, 0))), "shows no object"),
-    ("fg/c.png", as_bytes(Image.new("RGBA", (30, 30), (9, 9, 9, 100))), "shows no object"),
+    ("fg/c.png", encoded(Image.new("I;16", (9, 9))), "transparent nowhere"),
+    ("fg/c.jpg", encoded(scene(0, 30, 30), ".jpg"), "transparent nowhere"),
+    ("fg/c.png", encoded(Image.new("RGBA", (30, 30), (9, 9, 9, 0))), "shows no object"),
+    ("fg/c.png", encoded(Image.new("RGBA", (30, 30), (9, 9, 9, 100))), "shows no object"),
 ]
 
 
@@ -249,7 +244,8 @@ def save_tiny(folder, kind="relative"):
     model = transformers.DepthAnythingForDepthEstimation(config).eval()
     size = {"size": {"height": 56, "width": 56}, "ensure_multiple_of": 14, "keep_aspect_ratio": True}
     processor = transformers.DPTImageProcessor(do_resize=True, **size)
-    model.save_pretrained(folder), processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return model, processor
 
 
