@@ -18,7 +18,6 @@ from PIL import Image
 
 import helpers
 
-NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "00_make_dataset.ipynb"
 SMALL = {"backgrounds": 2, "objects": 3, "places": 1, "size": 64, "seed": 3}  # 12 samples, two tasks
 
 
@@ -51,12 +50,11 @@ def grey(nb):
     return nb.plain([0.5] * 3)
 
 
-def yard_scene(nb, size=96, meshes=(), lights=(), solids=()):
+def yard_scene(nb, size=96, meshes=(), lights=()):
     """A flat ground, with more meshes if wanted."""
     ground = nb.box([-60, -1, -60], [60, 0, 60], grey(nb))
     cam, ambient = camera(nb, size, pitch=12), np.array([[0.5] * 3, [0.2] * 3])
-    solids = np.array(solids).reshape(-1, 2, 3)
-    return nb.Scene(nb.World([ground, *meshes]), cam, list(lights), ambient, solids)
+    return nb.Scene(nb.World([ground, *meshes]), cam, list(lights), ambient, np.zeros((0, 2, 3)))
 
 
 def yard(nb, *args, **kwargs):
@@ -158,7 +156,7 @@ def test_what_is_under_a_roof_gets_no_sun_and_what_is_beside_gets_all(nb):
 
 
 def test_the_models_that_come_along_are_many_small_and_of_their_size(nb):
-    path = NOTEBOOK.parents[1] / "assets" / "models.zip"
+    path = helpers.ROOT / "assets" / "models.zip"
     listed = json.loads(zipfile.ZipFile(path).read("models.json"))
     assert len(listed) == len(nb.CATALOGUE) >= 40 and path.stat().st_size < 5e6
     assert len({entry["category"] for entry in listed}) >= 8
@@ -335,25 +333,18 @@ def test_too_many_objects_per_background_are_refused(nb, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_exception_leaves_nothing_behind(nb, tmp_path, monkeypatch, error):
-    draw = nb.draw_task
+@pytest.mark.parametrize("error, workers", [(RuntimeError, 1), (KeyboardInterrupt, 1), (KeyError, 2)])
+def test_an_exception_leaves_nothing_behind(nb, tmp_path, monkeypatch, error, workers):
+    make = nb.make_backdrop
 
-    def fail_late(task):
-        if task[3] == 1:
+    def fail_late(seed, background, size):
+        if background == 1:
             raise error("in the second background")
-        return draw(task)
+        return make(seed, background, size)
 
-    monkeypatch.setattr(nb, "draw_task", fail_late)
+    monkeypatch.setattr(nb, "make_backdrop", fail_late)
     with pytest.raises(error):
-        nb.make_dataset(tmp_path / "a.zip", **SMALL, workers=1)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_exception_in_a_worker_leaves_nothing_behind(nb, tmp_path, monkeypatch):
-    monkeypatch.setattr(nb, "make_object", lambda seed, number: {}[number])
-    with pytest.raises(KeyError):
-        nb.make_dataset(tmp_path / "a.zip", **SMALL, workers=2)
+        nb.make_dataset(tmp_path / "a.zip", **SMALL, workers=workers)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -362,9 +353,7 @@ def test_killed_in_the_midst_leaves_no_zip_and_no_worker_and_a_second_run_is_rig
     path = tmp_path / "a.zip"
     options = SMALL | {"backgrounds": 60, "workers": 2}
     script = f"import helpers; helpers._drawing().make_dataset({str(path)!r}, **{options})"
-    child = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=NOTEBOOK.parents[1], stderr=subprocess.DEVNULL
-    )
+    child = subprocess.Popen([sys.executable, "-c", script], cwd=helpers.ROOT, stderr=subprocess.DEVNULL)
     part, deadline = tmp_path / "a.zip.part", time.time() + 60
     while not (part.exists() and part.stat().st_size > 0) and time.time() < deadline:
         time.sleep(0.05)
