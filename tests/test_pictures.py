@@ -161,25 +161,18 @@ def learned(ds, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORKSPACE", str(tmp_path_factory.mktemp("runs")))
         options = {"split": "image", "max_train": 30, "batch_size": 2, "epochs": 2, "precision": "float32"}
-        return helpers.run(
-            Config("a", str(ds.path), size=SIZE, model="difference_unet", **options), quiet=True
-        )
-
-
-def sheet(learned, name):
-    """As the file has it: by rows of pictures."""
-    return np.array(Image.open(learned.folder / "images" / name / "sheet.png"))
+        config = Config("a", str(ds.path), size=SIZE, model="difference_unet", **options)
+        return helpers.run(config, quiet=True)
 
 
 def test_pictures_are_saved_after_the_first_steps_and_every_epoch(learned):
     saved = helpers.saved_pictures(learned)
-    files = dict(
-        zip(["epoch_000_step_000", "epoch_000_step_010", "epoch_001", "epoch_002"], saved, strict=True)
-    )
+    files = "epoch_000_step_000", "epoch_000_step_010", "epoch_001", "epoch_002"
     assert [*saved] == ["step 0", "step 10", "epoch 1", "epoch 2"]
-    for file, moment in files.items():
-        assert np.array_equal(np.concatenate(np.concatenate([*saved[moment].swapaxes(0, 1)], 2), 0).ravel(),
-                              sheet(learned, file).ravel())  # fmt: skip
+    for file, moment in zip(files, saved, strict=True):
+        sheet = np.array(Image.open(learned.folder / "images" / file / "sheet.png"))  # by rows of pictures
+        by_rows = np.concatenate(np.concatenate([*saved[moment].swapaxes(0, 1)], 2), 0)
+        assert np.array_equal(by_rows.ravel(), sheet.ravel())
     torch.manual_seed(learned.config.seed)
     begun = helpers.MODELS["difference_unet"]().eval()
     bg, fg_bg = (torch.from_numpy(saved["step 0"][:, k] / 255).float().permute(0, 3, 1, 2) for k in (0, 1))
@@ -211,9 +204,8 @@ def test_the_browser_shows_the_sample_and_moment_that_are_chosen(learned, monkey
     (sample, moment, picture), before = boxes[1].children, boxes[1].children[2].value
     assert [sample.description, moment.description] == ["sample", "moment"]
     sample.value, moment.value = 6, "epoch 1"
-    for drawn, expected in zip(
-        shown(figures[-1]), helpers.saved_pictures(learned)["epoch 1"][6], strict=True
-    ):
+    chosen = helpers.saved_pictures(learned)["epoch 1"][6]
+    for drawn, expected in zip(shown(figures[-1]), chosen, strict=True):
         np.testing.assert_allclose(255 * drawn, expected if drawn.ndim == 3 else expected[..., 0], atol=1e-4)
     assert len(figures) == 3 and Image.open(io.BytesIO(picture.value)).width > 800 and picture.value != before
     assert helpers.plt.get_fignums() == open_before
