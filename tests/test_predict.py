@@ -289,45 +289,40 @@ def shot(photo, angle=0.0, shift=(0, 0), zoom=1.0):
     return moved.permute(1, 2, 0).numpy()
 
 
+PHOTO = place()
+FG_BG, DISK = with_object(PHOTO)
 MOVED = {"turned": {"angle": 3}, "both": {"angle": -2, "shift": (17, -11)}, "nearer": {"zoom": 1.06}}
 
 
 @pytest.mark.parametrize("how", MOVED)
 def test_a_moved_and_relit_background_is_brought_back(how):
-    photo = place()
-    fg_bg, disk = with_object(photo)
-    bg = (shot(photo, **MOVED[how]) * np.array([0.6, 0.65, 0.7])).round().astype(np.uint8)
-    aligned = align_background(bg, fg_bg)
-    before, after = (np.abs(of.astype(int) - fg_bg)[~disk].mean() for of in (bg, aligned))
+    bg = (shot(PHOTO, **MOVED[how]) * np.array([0.6, 0.65, 0.7])).round().astype(np.uint8)
+    aligned = align_background(bg, FG_BG)
+    before, after = (np.abs(of.astype(int) - FG_BG)[~DISK].mean() for of in (bg, aligned))
     assert before > 30 and after < before / 6
-    assert np.abs(aligned.astype(int) - fg_bg)[disk].mean() > 40  # the object is not explained away
+    assert np.abs(aligned.astype(int) - FG_BG)[DISK].mean() > 40  # the object is not explained away
 
 
 def test_a_background_that_fits_stays_as_it_is():
-    photo = place()
-    assert np.abs(align_background(photo, with_object(photo)[0]).astype(int) - photo).max() <= 1
+    assert np.abs(align_background(PHOTO, FG_BG).astype(int) - PHOTO).max() <= 1
     plain = np.full((90, 120, 3), 90, np.uint8)  # no features, no texture
     assert (align_background(plain, with_object(plain)[0]) == plain).all()
 
 
 def test_a_smaller_and_differently_cut_background_will_do():
-    photo = place()
-    fg_bg, disk = with_object(photo)
-    bg = np.asarray(Image.fromarray(photo[6:, 14:]).resize((300, 230), Image.Resampling.LANCZOS))
-    aligned = align_background(bg, fg_bg)
-    assert aligned.shape == fg_bg.shape and np.abs(aligned.astype(int) - fg_bg)[~disk].mean() < 12
+    bg = np.asarray(Image.fromarray(PHOTO[6:, 14:]).resize((300, 230), Image.Resampling.LANCZOS))
+    aligned = align_background(bg, FG_BG)
+    assert aligned.shape == FG_BG.shape and np.abs(aligned.astype(int) - FG_BG)[~DISK].mean() < 12
 
 
 def test_predict_images_aligns_unless_told_not_to(tmp_path):
-    photo = place()
-    fg_bg, disk = with_object(photo)
-    for name, picture in (("bg.png", shot(photo, 2.5)), ("a.png", fg_bg)):
+    for name, picture in (("bg.png", shot(PHOTO, 2.5)), ("a.png", FG_BG)):
         Image.fromarray(picture).save(tmp_path / name)
     wrong = []
     for align in (True, False):
         photos = tmp_path / "bg.png", tmp_path / "a.png"
         found = predict_images(StandIn(), *photos, tmp_path / str(align), align=align)
-        wrong.append(((read(found)[0] > 0) != disk).mean())
+        wrong.append(((read(found)[0] > 0) != DISK).mean())
     assert wrong[0] < 0.1 < wrong[1]
 
 
