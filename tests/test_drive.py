@@ -22,8 +22,6 @@ from test_resume import Watched, contents, different
 import helpers
 from helpers import MODELS, Config, drive_report, fetch, run, workspace
 
-PROJECT = Path("MyDrive") / "mask-and-depth"
-
 
 @pytest.fixture(scope="module")
 def config(data):
@@ -67,7 +65,7 @@ def drive(tmp_path):
 
 @pytest.fixture
 def there(drive):
-    return drive / PROJECT
+    return drive / "MyDrive" / "mask-and-depth"
 
 
 @pytest.fixture
