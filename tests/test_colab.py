@@ -10,9 +10,8 @@ import pytest
 from nbclient import NotebookClient
 
 import helpers
-from helpers import data_zip, drive_report, fetch, in_colab, workspace
+from helpers import ROOT, data_zip, drive_report, fetch, in_colab, workspace
 
-ROOT = Path(__file__).resolve().parents[1]
 CELLS = nbformat.read(ROOT / "notebooks" / "01_data.ipynb", as_version=4).cells
 CODE = [cell.source for cell in CELLS if cell.cell_type == "code"]
 SETUP = CODE[0]
@@ -96,7 +95,7 @@ def execute(folder, *cells) -> list[str]:
     """Runs the cells in a new kernel that starts in the folder; gives what each printed."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     place = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute()
+    NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=place).execute()
     outputs = [[one for one in cell.outputs if one.get("name") == "stdout"] for cell in notebook.cells]
     return ["".join(one.text for one in some) for some in outputs]
 

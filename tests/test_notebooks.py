@@ -15,11 +15,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from nbclient import NotebookClient
+from test_colab import execute
 
-from helpers import MODELS, Config, ZipDataset, load_model, to_float
+from helpers import MODELS, ROOT, Config, ZipDataset, load_model, to_float
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOKS = {path.name: nbformat.read(path, 4) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 MACHINE = re.compile(r"(?<![\w.])/(?:home|root|work|tmp|Users|mnt|var|private)/|\b[A-Z]:\\\\?\w")
@@ -145,10 +144,7 @@ def test_the_first_cell_and_readme_estimate_the_same_minutes_on_a_t4(notebook, n
 def test_cells_may_be_run_twice_and_in_another_order():
     """Every cell twice in a row; then all but the setup once more, the last one first."""
     cells = [cell.source for cell in code(NOTEBOOKS["01_data.ipynb"])]
-    order = [cell for cell in cells for _ in (1, 2)] + cells[:0:-1]
-    again = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in order])
-    resources = {"metadata": {"path": ROOT / "notebooks"}}
-    NotebookClient(again, timeout=1200, kernel_name="python3", resources=resources).execute()
+    execute(ROOT / "notebooks", *(cell for cell in cells for _ in (1, 2)), *cells[:0:-1])
 
 
 @pytest.mark.parametrize("value", [
