@@ -142,7 +142,8 @@ def test_backgrounds_are_cropped_in_the_middle_and_turned_as_the_camera_says(nb,
     stripes[:, :50] = stripes[:, 150:] = (255, 0, 0)
     stripes[:50, 50:150] = (0, 0, 255)  # the middle square: blue above, black below
     Image.fromarray(stripes).save(tmp_path / "wide.png")
-    (exif := Image.Exif())[0x0112] = 6  # to be shown after a quarter turn clockwise
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown after a quarter turn clockwise
     Image.fromarray(stripes).save(tmp_path / "turned.jpg", quality=95, exif=exif)
     upright = np.asarray(nb.open_background(tmp_path / "wide.png", 50))
     turned = np.asarray(nb.open_background(tmp_path / "turned.jpg", 50))
@@ -154,7 +155,8 @@ def test_backgrounds_are_cropped_in_the_middle_and_turned_as_the_camera_says(nb,
 
 
 def test_a_cutout_is_turned_as_the_camera_says(nb, tmp_path):
-    (exif := Image.Exif())[0x0112] = 6
+    exif = Image.Exif()
+    exif[0x0112] = 6
     cutout(40, 20).save(tmp_path / "turned.png", exif=exif)
     cutout(40, 20).transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
     turned, upright = (nb.open_cutout(tmp_path / f"{name}.png", 20, 64) for name in ("turned", "upright"))
