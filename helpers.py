@@ -983,27 +983,6 @@ def measure(mask_logits: Tensor, depth: Tensor, mask_true: Tensor | None, depth_
         values["ssim"] = ssim_per_picture(depth, g)
     return values
 
-def measure_aligned(depth: Tensor, depth_true: Tensor) -> dict[str, Tensor]:
-    """Metrics of a batch of (N, 1, H, W), float32 (N,) each, that do not ask for the scale of depth: after
-    the scale and shift of least squares (Ranftl et al., 2020) `measure`'s `rmse` and `delta1` as
-    `aligned_rmse` and `aligned_delta1`; and `rank`, Spearman's correlation."""
-    d, g = depth.flatten(1).double(), depth_true.flatten(1).double()
-
-    def correlation(a: Tensor, b: Tensor) -> Tensor:
-        a, b = (of - of.mean(1, keepdim=True) for of in (a, b))
-        return (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt().clamp_min(1e-12)
-
-    def ranks(values: Tensor) -> Tensor:  # of equal ones the mean
-        ordered = values.sort(1).values
-        places = [torch.searchsorted(ordered, values.contiguous(), right=right) for right in (False, True)]
-        return (places[0] + places[1]).double()
-
-    scale = correlation(d, g) * g.std(1) / d.std(1).clamp_min(1e-12)
-    fitted = g.mean(1, keepdim=True) + (d - d.mean(1, keepdim=True)) * scale[:, None]
-    found = measure(depth, fitted.view_as(depth_true), None, depth_true)
-    aligned = {f"aligned_{name}": found[name] for name in ("rmse", "delta1")}
-    return aligned | {"rank": correlation(ranks(d), ranks(g)).float()}
-
 def opened_difference(bg: Tensor, fg_bg: Tensor) -> Tensor:
     """The greatest difference of the colours, (N, 1, H, W), without what is narrower than 3 pixels."""
     eroded = -F.max_pool2d(-(fg_bg.float() - bg.float()).abs().amax(1, keepdim=True), 3, 1, 1)
@@ -1711,28 +1690,6 @@ def _fit_light(bg: np.ndarray, fg_bg: np.ndarray, inside: np.ndarray) -> tuple[n
         good = differences <= np.quantile(differences, 0.6)
     return gain, bias, float(differences[good].mean())
 
-def _refuse_existing(files: Iterable[Path], overwrite: bool) -> None:
-    if there := [str(file) for file in files if file.exists() and not overwrite]:
-        raise FileExistsError(f"{', '.join(there)}: there already. Give another folder, or overwrite=True.")
-
-def _answer(model: nn.Module, bg: np.ndarray, photo: np.ndarray, align: bool, place: Path,
-            overwrite: bool) -> tuple[dict[str, np.ndarray], dict[str, Path]]:
-    """The mask and the depth of a photo, uint8 (H, W), 255 the object and the far end, as far as the network
-    was trained for them; and the files where they are written, `<place>_mask.png` and `<place>_depth.png`."""
-    bg = align_background(bg, photo) if align else bg
-    answers = predict(model, *(torch.from_numpy(of).permute(2, 0, 1) for of in (bg, photo)))
-    answers = zip(KINDS[2:], (of[0, 0].mul(255).round().byte().cpu().numpy() for of in answers), strict=True)
-    answers = {task: of for task, of in answers if task in getattr(model, "tasks", KINDS)}
-    files = {task: place.with_name(f"{place.name}_{task}.png") for task in answers}
-    _refuse_existing(files.values(), overwrite)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        for task, file in files.items():
-            Image.fromarray(answers[task]).save(file)
-    except OSError as error:
-        raise OSError(f"{place.parent} cannot be written ({error}). Give another folder.") from error
-    return answers, files
-
 class Prediction(NamedTuple):
     """What `predict_images` gives: its files, None for a task not trained, and a figure."""
     mask_file: Path | None
@@ -1747,49 +1704,30 @@ def predict_images(weights: AnyPath | nn.Module, bg: AnyPath, image: AnyPath, fo
     Photos from a hand are first brought into line, unless told not to `align`. Raises FileNotFoundError,
     FileExistsError, OSError for the folder, ValueError for no picture, no weights, and unlike shapes."""
     model, image = weights if isinstance(weights, nn.Module) else load_model(weights), Path(image)
-    photos = [open_photo(path) for path in (bg, image)]
-    (bg_height, bg_width), (height, width) = (photo.shape[:2] for photo in photos)
+    background, photo = open_photo(bg), open_photo(image)
+    (bg_height, bg_width), (height, width) = background.shape[:2], photo.shape[:2]
     if abs(np.log(bg_width * height / (bg_height * width))) > (0.2 if align else 0.02):
         shapes = f"{bg} has {bg_width} x {bg_height} pixels and {image} {width} x {height}"
         raise ValueError(f"{shapes}: not the same view. Take both photos from one place, and cut them alike.")
-    answers, files = _answer(model, *photos, align, Path(folder or image.parent) / image.stem, overwrite)
+    place, tasks = Path(folder or image.parent), getattr(model, "tasks", KINDS[2:])
+    files = {task: place / f"{image.stem}_{task}.png" for task in tasks}
+    if there := [str(file) for file in files.values() if file.exists() and not overwrite]:
+        raise FileExistsError(f"{', '.join(there)}: there already. Give another folder, or overwrite=True.")
+    views = background, align_background(background, photo) if align else background, photo
+    shown, aligned, fg_bg = (torch.from_numpy(view).permute(2, 0, 1) for view in views)
+    mask, depth = (of[0].mul(255).round().byte().cpu() for of in predict(model, aligned, fg_bg))
+    pictures = {"bg": shown, "fg_bg": fg_bg, "mask": mask, "depth": depth}
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for task, file in files.items():
+            Image.fromarray(pictures[task][0].numpy()).save(file)
+    except OSError as error:
+        raise OSError(f"{place} cannot be written ({error}). Give another folder.") from error
     step = max(1, max(height, width) // 800)  # a figure needs no more pixels
-    shown = {"bg": photos[0], "fg_bg": photos[1]} | {task: of[..., None] for task, of in answers.items()}
-    shown = {kind: torch.from_numpy(of[::step, ::step] / 255).permute(2, 0, 1) for kind, of in shown.items()}
-    figure = _draw([[_cell(shown, kind) for kind in shown]])
+    small = {kind: pictures[kind][:, ::step, ::step] / 255 for kind in ("bg", "fg_bg", *tasks)}
+    figure = _draw([[_cell(small, kind) for kind in small]])
     plt.close(figure)  # else pyplot would keep it
     return Prediction(files.get("mask"), files.get("depth"), figure)
-
-def predict_folder(weights: AnyPath | nn.Module, bg: AnyPath, source: AnyPath, folder: AnyPath,
-                   overwrite: bool = False, align: bool = True) -> Path:
-    """What `predict_images` writes, for every photo of a folder or every frame of a video, and a video in
-    which the object is red: its path. Raises as `predict_images` does."""
-    model, background = weights if isinstance(weights, nn.Module) else load_model(weights), open_photo(bg)
-    source, film = _found(source, "Give a folder of photos, or a video."), Path(folder) / "overlay.mp4"
-    _refuse_existing([film], overwrite)
-    part, video = film.with_name(".overlay.mp4"), None  # hidden, so that Drive gets it whole
-    if source.is_dir():
-        files = [path for path in sorted(source.glob("[!.]*")) if path.is_file()]
-        if len({path.stem for path in files}) < len(files):
-            raise ValueError(f"{source}: two photos differ in the ending of their names alone. Rename one.")
-        shots = ((path.stem, open_photo(path)) for path in files)
-    else:
-        frames = iter(cv2.VideoCapture(str(source)).read, (False, None))
-        photos = (cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) for _, frame in frames)
-        shots = ((f"frame_{number:06}", photo) for number, photo in enumerate(photos, 1))
-    for name, photo in tqdm(shots, unit="picture", file=sys.stdout, leave=False):
-        answers, _ = _answer(model, background, photo, align, film.with_name(name), overwrite)
-        if video is None:
-            size = photo.shape[1] // 2 * 2, photo.shape[0] // 2 * 2
-            video = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"mp4v"), 12, size)
-        red = answers.get("mask", np.zeros_like(photo[..., 0])) > 0
-        shown = np.where(red[..., None], photo // 2 + np.uint8([127, 0, 0]), photo)
-        video.write(cv2.cvtColor(cv2.resize(shown, size), cv2.COLOR_RGB2BGR))
-    if video is None:
-        raise ValueError(f"{source} holds no photo and is no video. Give a folder of photos, or an .mp4.")
-    video.release()
-    os.replace(part, film)
-    return film
 
 # ---------- Pictures ----------------------------------------------------------------------------------------
 
@@ -1944,34 +1882,6 @@ def _live_view(config: Config, quiet: bool) -> Callable[[dict, np.ndarray], None
 
     return show
 
-def saved_pictures(run: Run) -> dict[str, np.ndarray]:
-    """What a run has saved while it learned, the oldest first: "step 10" or "epoch 1" -> uint8 pictures (8,
-    columns, size, size, 3), of four training samples and four of the last part there is; the columns are bg,
-    fg_bg, and of each trained task truth and prediction. Raises FileNotFoundError."""
-    saved, size, columns = {}, run.config.size, len(_columns(run.config))
-    for file in sorted(run.folder.glob("images/*/sheet.png")):
-        epoch, _, step = file.parent.name.removeprefix("epoch_").partition("_step_")
-        sheet = np.asarray(Image.open(file)).reshape(-1, size, columns, size, 3).swapaxes(1, 2)
-        saved[f"step {int(step)}" if step else f"epoch {int(epoch)}"] = sheet
-    if not saved:
-        raise FileNotFoundError(f"{run.folder} holds no pictures; a run saves the first when it begins.")
-    return saved
-
-def _saved_sample(pictures: np.ndarray, config: Config) -> dict[str, Tensor]:
-    """For `_cell`, a sample that a run has saved: kind -> picture (C, H, W)."""
-    pairs = zip(_columns(config), torch.from_numpy(pictures / 255).permute(0, 3, 1, 2), strict=True)
-    return {kind: picture[: CHANNELS.get(kind, 1)] for kind, picture in pairs}
-
-def plot_progress(run: Run, samples: Sequence[int] = (4, 6)) -> Figure:
-    """Of `saved_pictures`, a row a sample and task: the input, up to four predictions, and the truth."""
-    saved, rows = saved_pictures(run), []
-    moments = [[*saved][i] for i in np.unique(np.linspace(0, len(saved) - 1, 4).astype(int))]
-    for sample, task in itertools.product(samples, run.config.tasks):
-        shown = {"input": "fg_bg"} | dict.fromkeys(moments, f"{task}_predicted") | {"truth": task}
-        at = {moment: _saved_sample(saved[moment][sample], run.config) for moment in moments}
-        rows.append([_cell(at.get(title, at[moments[0]]), kind, title) for title, kind in shown.items()])
-    return _draw(rows, [task for _ in samples for task in run.config.tasks])
-
 def explore(draw: Callable[..., object], **controls: object) -> None:
     """Shows in a notebook these ipywidgets and, below them, the figure that `draw` makes with pyplot of their
     values, anew when one changes. (Their `interact` can hold up notebooks that run without a browser.)"""
@@ -1991,24 +1901,6 @@ def explore(draw: Callable[..., object], **controls: object) -> None:
         control.observe(update, "value")
     update()
     display(ipywidgets.VBox([*controls.values(), picture]))
-
-def browse(run: Run) -> None:
-    """Shows in a notebook what `saved_pictures` gives: choose a sample, play through steps and epochs."""
-    import ipywidgets
-
-    saved = saved_pictures(run)
-    samples = [f"{part} sample {k}" for part in ("training", "other") for k in (1, 2, 3, 4)]
-    sample = ipywidgets.Dropdown(options=[(name, k) for k, name in enumerate(samples)], value=4)
-    moment = ipywidgets.SelectionSlider(options=[*saved])
-    play = ipywidgets.Play(max=len(saved) - 1, interval=700)
-    ipywidgets.jslink((play, "value"), (moment, "index"))
-
-    def draw(sample: int, moment: str) -> None:
-        shown = _saved_sample(saved[moment][sample], run.config)
-        _draw([[_cell(shown, kind) for kind in shown]])
-
-    display(play)
-    explore(draw, sample=sample, moment=moment)
 
 if __name__ == "__main__":  # accelerate launch helpers.py CONFIG.json: a saved Config on all GPUs
     if len(sys.argv) != 2:

@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from benchmarks.quality import measure_aligned
 from conftest import encoded
 from scipy.stats import spearmanr
 from skimage.metrics import structural_similarity
 from skimage.morphology import opening
 from torchmetrics.functional.classification import binary_accuracy, binary_f1_score, binary_jaccard_index
 
-from helpers import ZipDataset, baselines, evaluate, measure, measure_aligned, score, to_float
+from helpers import ZipDataset, baselines, evaluate, measure, score, to_float
 
 MASK_METRICS = ["iou", "dice", "pixel_accuracy", "mask_area"]
 DEPTH_METRICS = ["rmse", "mae", "abs_rel", "log10", "delta1", "delta2", "delta3", "ssim"]

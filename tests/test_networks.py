@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.quality import measure_aligned
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -221,7 +222,7 @@ def test_the_shipped_weights_know_unseen_samples_better_than_the_baselines_do(sa
         with torch.no_grad():
             mask_logits, depth = model(new["bg"], new["fg_bg"])
         values = helpers.measure(mask_logits, depth, new["mask"], new["depth"])
-        values |= helpers.measure_aligned(depth, new["depth"])
+        values |= measure_aligned(depth, new["depth"])
         found.append({name: of.nanmean().item() for name, of in values.items()})
     network, baseline = found
     assert network["iou"] > baseline["iou"] + 0.1 and network["rmse"] < 0.8 * baseline["rmse"]

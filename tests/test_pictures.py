@@ -6,11 +6,14 @@ import re
 import types
 from pathlib import Path
 
+import ipywidgets
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from test_notebooks import NOTEBOOKS, defined
 
 import helpers
 from helpers import Config, Run, ZipDataset, baselines, split
@@ -165,50 +168,59 @@ def learned(ds, tmp_path_factory):
         return helpers.run(config, quiet=True)
 
 
+def of_notebook_05(name, **names):
+    """A function of the notebook that looks at what a run has saved."""
+    names |= {"np": np, "plt": plt, "Image": Image, "ipywidgets": ipywidgets, "explore": helpers.explore}
+    return defined(NOTEBOOKS["05_final_192px.ipynb"], "saved_pictures", name, **names)
+
+
 def test_pictures_are_saved_after_the_first_steps_and_every_epoch(learned):
-    saved = helpers.saved_pictures(learned)
+    saved = of_notebook_05("saved_pictures")(learned)
     files = "epoch_000_step_000", "epoch_000_step_010", "epoch_001", "epoch_002"
     assert [*saved] == ["step 0", "step 10", "epoch 1", "epoch 2"]
     for file, moment in zip(files, saved, strict=True):
         sheet = np.array(Image.open(learned.folder / "images" / file / "sheet.png"))  # by rows of pictures
         by_rows = np.concatenate(np.concatenate([*saved[moment].swapaxes(0, 1)], 2), 0)
-        assert np.array_equal(by_rows.ravel(), sheet.ravel())
+        assert np.array_equal(by_rows[:, : 4 * SIZE], sheet.reshape(8 * SIZE, 6 * SIZE, 3)[:, : 4 * SIZE])
+        in_colours = plt.get_cmap("viridis")(sheet[:, 4 * SIZE :, 0], bytes=True)[..., :3]
+        assert np.array_equal(by_rows[:, 4 * SIZE :], in_colours)
     torch.manual_seed(learned.config.seed)
     begun = helpers.MODELS["difference_unet"]().eval()
     bg, fg_bg = (torch.from_numpy(saved["step 0"][:, k] / 255).float().permute(0, 3, 1, 2) for k in (0, 1))
     with torch.no_grad():
-        depth = begun(bg, fg_bg)[1][:, 0].numpy()
-    assert np.abs(saved["step 0"][:, 5, :, :, 0] - 255 * depth).max() < 1.01  # of the random first weights
-    assert np.abs(saved["step 10"][:, 5].astype(int) - saved["step 0"][:, 5]).max() > 1
-    (learned.folder / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no pictures"):
-        helpers.saved_pictures(Run(learned.config, learned.folder / "empty", [], [], {}))
+        depth = (255 * begun(bg, fg_bg)[1][:, 0]).round().byte().numpy()
+    expected = plt.get_cmap("viridis")(depth, bytes=True)[..., :3].astype(int)  # of the random first weights
+    assert np.abs(saved["step 0"][:, 5] - expected).max() < 6
+    assert np.abs(saved["step 10"][:, 5].astype(int) - saved["step 0"][:, 5]).max() > 6
 
 
 def test_plot_progress_shows_input_predictions_and_truth(learned):
-    saved, figure = helpers.saved_pictures(learned), helpers.plot_progress(learned, samples=(2, 5))
-    titles = ["input", "step 0", "step 10", "epoch 1", "epoch 2", "truth"]
+    saved, before = of_notebook_05("saved_pictures")(learned), plt.get_fignums()
+    of_notebook_05("plot_progress")(learned, samples=(2, 5))
+    figure = plt.gcf()
+    titles = ["with object", "step 0", "step 10", "epoch 1", "epoch 2", "truth"]
     assert [axis.get_title() for axis in figure.axes[:6]] == titles
     pictures = shown(figure)
     assert len(pictures) == 2 * 2 * 6
-    np.testing.assert_allclose(255 * pictures[6], saved["step 0"][2, 1], atol=1e-4)  # sample 2, depth: fg_bg
-    np.testing.assert_allclose(255 * pictures[3], saved["epoch 1"][2, 3, ..., 0], atol=1e-4)
-    np.testing.assert_allclose(255 * pictures[-1], saved["epoch 2"][5, 4, ..., 0], atol=1e-4)
+    np.testing.assert_array_equal(pictures[6], saved["step 0"][2, 1])  # sample 2, depth: with the object
+    np.testing.assert_array_equal(pictures[3], saved["epoch 1"][2, 3])
+    np.testing.assert_array_equal(pictures[-1], saved["epoch 2"][5, 4])
+    plt.close(figure)
+    assert plt.get_fignums() == before
 
 
 def test_the_browser_shows_the_sample_and_moment_that_are_chosen(learned, monkeypatch):
-    boxes, figures, right, open_before = [], [], helpers._draw, helpers.plt.get_fignums()
+    boxes, figures, right, open_before = [], [], plt.savefig, plt.get_fignums()
     monkeypatch.setattr(helpers, "display", boxes.append)
-    monkeypatch.setattr(helpers, "_draw", lambda rows: figures.append(right(rows)))
-    helpers.browse(learned)
+    monkeypatch.setattr(plt, "savefig", lambda *a, **b: figures.append(shown(plt.gcf())) or right(*a, **b))
+    of_notebook_05("browse", display=boxes.append)(learned)
     (sample, moment, picture), before = boxes[1].children, boxes[1].children[2].value
     assert [sample.description, moment.description] == ["sample", "moment"]
     sample.value, moment.value = 6, "epoch 1"
-    chosen = helpers.saved_pictures(learned)["epoch 1"][6]
-    for drawn, expected in zip(shown(figures[-1]), chosen, strict=True):
-        np.testing.assert_allclose(255 * drawn, expected if drawn.ndim == 3 else expected[..., 0], atol=1e-4)
-    assert len(figures) == 3 and Image.open(io.BytesIO(picture.value)).width > 800 and picture.value != before
-    assert helpers.plt.get_fignums() == open_before
+    chosen = of_notebook_05("saved_pictures")(learned)["epoch 1"][6]
+    assert len(figures) == 3 and np.array_equal(figures[-1], chosen)
+    assert Image.open(io.BytesIO(picture.value)).width > 800 and picture.value != before
+    assert plt.get_fignums() == open_before
 
 
 def test_a_notebook_watches_a_run_and_continuous_integration_does_not(learned, tmp_path, monkeypatch):

@@ -33,7 +33,6 @@ from helpers import (
     run,
 )
 
-helpers.DEPTH_LOSSES["with_ratios"] = lambda d, g: helpers.l1_ssim_gradient(d, g) + 0.3 * helpers.silog(d, g)
 RECIPE = {"batch_size": 16, "lr": 2e-3, "weight_decay": 0.05, "depth_loss": "l1_ssim_gradient",
           "augment": "mirror+colour", "average": 0.998}  # fmt: skip
 PARTS = {
@@ -100,6 +99,28 @@ class Aligned(ByHand):
         return torch.from_numpy(aligned).permute(2, 0, 1), fg_bg
 
 
+def measure_aligned(depth, depth_true):
+    """Metrics of a batch of (N, 1, H, W), (N,) each, that do not ask for the scale of depth: after the scale
+    and shift of least squares (Ranftl et al., 2020) `measure`'s `rmse` and `delta1` as `aligned_rmse` and
+    `aligned_delta1`; and `rank`, Spearman's correlation."""
+    d, g = depth.flatten(1).double(), depth_true.flatten(1).double()
+
+    def correlation(a, b):
+        a, b = (of - of.mean(1, keepdim=True) for of in (a, b))
+        return (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt().clamp_min(1e-12)
+
+    def ranks(values):  # of equal ones the mean
+        ordered = values.sort(1).values
+        places = [torch.searchsorted(ordered, values.contiguous(), right=right) for right in (False, True)]
+        return (places[0] + places[1]).double()
+
+    scale = correlation(d, g) * g.std(1) / d.std(1).clamp_min(1e-12)
+    fitted = g.mean(1, keepdim=True) + (d - d.mean(1, keepdim=True)) * scale[:, None]
+    found = helpers.measure(depth, fitted.view_as(depth_true), None, depth_true)
+    aligned = {f"aligned_{name}": found[name] for name in ("rmse", "delta1")}
+    return aligned | {"rank": correlation(ranks(d), ranks(g)).float()}
+
+
 def weights_row(label, model, ds, hands, indices):
     """IoU, RMSE, delta1; RMSE, delta1 and rank after alignment; the share of samples in which the object is
     nearer than what the network sees there without it; IoUs of what was taken by hand."""
@@ -109,7 +130,7 @@ def weights_row(label, model, ds, hands, indices):
         with torch.no_grad():
             after, before = (model(batch["bg"], batch[of])[1] for of in ("fg_bg", "bg"))
         nearer = ((before - after) * batch["mask"]).sum((1, 2, 3)) > 0
-        depths.append(helpers.measure_aligned(after, batch["depth"]) | {"nearer": nearer.float()})
+        depths.append(measure_aligned(after, batch["depth"]) | {"nearer": nearer.float()})
     found = [values[name].mean() for name in ("iou", "rmse", "delta1")]
     found += [torch.cat([of[name] for of in depths]).mean() for name in depths[0]]
     found += [evaluate(model, hand, indices)["iou"].mean() for hand in hands]
@@ -180,6 +201,9 @@ def show(label, several):
 
 
 def main():
+    helpers.DEPTH_LOSSES["with_ratios"] = lambda d, g: (
+        helpers.l1_ssim_gradient(d, g) + 0.3 * helpers.silog(d, g)
+    )
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("zips", nargs="+", metavar="ZIP")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME")
