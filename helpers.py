@@ -175,24 +175,21 @@ NOT_ZIP = {  # what is given in place of a zip, by its first bytes
     b"\x1f\x8b": "a gzip file, as tar.gz is: unpack it, and give the folder",
 }
 
-def read_picture(data: bytes, kind: str = "fg_bg", smallest: int = 0) -> np.ndarray:
+def read_picture(data: bytes, kind: str = "fg_bg") -> np.ndarray:
     """The picture in a file's bytes: uint8 (H, W, 3), of a mask or depth (H, W, 1), the way up that its
-    camera noted. A JPEG over four times as large as `smallest` may come at half its size. Raises ValueError
-    for what is no picture of 8 bits a channel, too large, transparent, or in colours where grey is meant."""
+    camera noted. Raises ValueError for what is no picture of 8 bits a channel, too large, transparent, or in
+    colours where grey is meant."""
     grey, most = CHANNELS[kind] == 1, Image.MAX_IMAGE_PIXELS or np.inf
     try:
         if data[:2] == b"\xff\xd8" and b"Exif\0" not in data[: 2**16]:  # thrice as fast as Pillow
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
             if height * width <= most and (space == "Gray" or (space in ("YCbCr", "RGB") and not grey)):
-                scale = {"min_height": 2 * smallest, "min_width": 2 * smallest, "min_factor": 2}
-                return simplejpeg.decode_jpeg(data, "GRAY" if grey else "RGB", **scale if smallest else {})
+                return simplejpeg.decode_jpeg(data, "GRAY" if grey else "RGB")
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > most:
             raise Image.DecompressionBombError
         if image.mode.startswith(("I", "F")):
             raise ValueError("it has more than 8 bits a channel; save it with 8")
-        if grey and image.mode == "RGB":
-            image.draft("YCbCr", None)  # of a JPEG, its own grey
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
             raise ValueError("it is transparent in parts; save what should be seen there")
@@ -275,7 +272,7 @@ def _recognise_layout(names: Sequence[str]) -> str | None:
     """The layout whose table is there, or that most fg_bg names among some thousand files follow, if any."""
     if any(map(TABLE.fullmatch, names)):
         return "roshantac"
-    some = [names[i] for i in np.random.default_rng(0).permutation(len(names))[:10_000]]
+    some = names[:: len(names) // 10_000 + 1]
     patterns = {name: _pattern(kinds.split()[1]) for name, kinds in LAYOUTS.items() if name != "roshantac"}
     counts = {name: sum(map(bool, map(pattern.fullmatch, some))) for name, pattern in patterns.items()}
     return max(counts, key=counts.get) if any(counts.values()) else None
@@ -305,9 +302,8 @@ def _ids(layout: str, samples: pd.DataFrame, backgrounds: np.ndarray) -> tuple[n
     place, unknown = samples["n"].to_numpy() - 1, np.full(len(samples), -1)
     last, count = int(place.max()) + 1, int(backgrounds.max(initial=0))
     if layout == "deepjyoti":
-        # Where the end of the set is missing, the recipe tells how many a background has: 40 of each object.
-        each = last // count if count and last % count == 0 else -(-last // (40 * max(count, 1))) * 40
-        if 0 in backgrounds or not (count - 1) * each < last <= count * each:
+        each, rest = divmod(last, max(count, 1))
+        if rest or 0 in backgrounds:
             raise ValueError(f"it has {last} samples on {count} backgrounds; expected as many on each.")
         return place // each + 1, place % each // 40 if each % 40 == 0 else unknown
     bg_id, fg_id = samples["b"].to_numpy(), samples["f"].to_numpy() if "f" in samples else unknown
@@ -490,7 +486,7 @@ class ZipDataset(torch.utils.data.Dataset):
     def _picture(self, kind: str, file: int) -> np.ndarray:
         """(size, size, channels): bilinear with antialiasing, masks by area, cut at one half to 0 or 1."""
         try:
-            picture = read_picture(_read(self._places[file]), kind, self.size if kind != "mask" else 0)
+            picture = read_picture(_read(self._places[file]), kind)
             if kind == "mask":
                 _refuse_grey(picture)
         except ValueError as error:
@@ -817,8 +813,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 # ---------- Losses and metrics ------------------------------------------------------------------------------
-# A loss: (prediction, target) -> scalar tensor. A mask's prediction is logits, depth's is in [0, 1], and both
-# may come in half precision: begin a loss of your own with `.float()`. Formulas: notebook 03.
+# A loss: (prediction, target) -> scalar tensor. A mask's prediction is logits, depth's is in [0, 1].
+# Formulas: notebook 03.
 
 PICTURE = (1, 2, 3)  # the axes over which a picture's pixels are summed
 
@@ -911,20 +907,17 @@ def densedepth(d: Tensor, g: Tensor) -> Tensor:
     """0.1 L1 + SSIM loss + gradient. Alhashim and Wonka, High Quality Monocular Depth Estimation, 2018."""
     return 0.1 * l1(d, g) + ssim(d, g) + gradient(d, g)
 
-def _exact(loss: Callable, sigmoid: bool = False) -> Callable:
-    """The loss in float32 at least, whatever autocast says; with `sigmoid` it takes logits."""
+def of_logits(loss: Callable) -> Callable:
+    """A loss of probabilities as one of logits."""
     @functools.wraps(loss)
-    def wrapped(prediction: Tensor, target: Tensor, **options) -> Tensor:
-        dtype = torch.promote_types(prediction.dtype, torch.float32)
-        with torch.autocast(prediction.device.type, enabled=False):
-            prediction = prediction.to(dtype).sigmoid() if sigmoid else prediction.to(dtype)
-            return loss(prediction, target.to(dtype), **options)
+    def wrapped(z: Tensor, t: Tensor, **options) -> Tensor:
+        return loss(z.sigmoid(), t, **options)
     return wrapped
 
-MASK_LOSSES = {loss.__name__: _exact(loss) for loss in (bce, weighted_bce, focal, lovasz, bce_dice)}
-MASK_LOSSES |= {loss.__name__: _exact(loss, sigmoid=True) for loss in (l1, rmse, dice, tversky, ssim)}
-DEPTH_LOSSES = {loss.__name__: _exact(loss) for loss in (l1, rmse, huber, berhu, ssim, gradient, dice, silog)}
-DEPTH_LOSSES |= {loss.__name__: _exact(loss) for loss in (l1_ssim_gradient, densedepth)}
+MASK_LOSSES = {loss.__name__: loss for loss in (bce, weighted_bce, focal, lovasz, bce_dice)}
+MASK_LOSSES |= {loss.__name__: of_logits(loss) for loss in (l1, rmse, dice, tversky, ssim)}
+DEPTH_LOSSES = {loss.__name__: loss for loss in (l1, rmse, huber, berhu, ssim, gradient, dice, silog)}
+DEPTH_LOSSES |= {loss.__name__: loss for loss in (l1_ssim_gradient, densedepth)}
 
 class TaskLoss(nn.Module):
     """loss(mask_logits, depth, mask_true, depth_true): the mask's loss plus `depth_weight` times the depth's,
@@ -946,8 +939,9 @@ class TaskLoss(nn.Module):
         self.log_variances = nn.Parameter(torch.zeros(2)) if learned else None
 
     def forward(self, mask_logits: Tensor, depth: Tensor, mask_true: Tensor, depth_true: Tensor) -> Tensor:
-        pairs = {"mask": (mask_logits, mask_true), "depth": (depth, depth_true)}
-        terms = {task: loss(*pairs[task]) for task, loss in self.losses.items() if loss}
+        pairs = {"mask": (mask_logits.float(), mask_true), "depth": (depth.float(), depth_true)}
+        with torch.autocast(depth.device.type, enabled=False):  # float32, whatever the network has used
+            terms = {task: loss(*pairs[task]) for task, loss in self.losses.items() if loss}
         for task, term in terms.items():
             if term.dim():
                 raise ValueError(f"The {task} loss must give a scalar, like a mean, not {tuple(term.shape)}.")
@@ -1046,12 +1040,11 @@ AUGMENTATIONS = {"mirror": mirror, "colour": jitter_colours, "shake": shake}  # 
 
 # ---------- Runs: a Config says everything, a folder holds everything ---------------------------------------
 
-FUSED = {"fused": True} if GPU == "cuda" else {}  # one kernel a step on a GPU; a CPU gains nothing by it
 OPTIMIZERS = {
-    "sgd": functools.partial(torch.optim.SGD, momentum=0.9, **FUSED),
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
     "rmsprop": torch.optim.RMSprop,
-    "adam": functools.partial(torch.optim.Adam, **FUSED),
-    "adamw": functools.partial(torch.optim.AdamW, **FUSED),
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
 }
 SCHEDULES = {  # of (optimizer, lr, steps); RMSprop, known by "alpha", has no momentum for a cycle to change
     "constant": lambda o, lr, steps: lr_scheduler.ConstantLR(o, factor=1.0),
@@ -1131,8 +1124,7 @@ class Config:
         """Reads what `save` wrote, or a run's config.json. Raises ValueError where it holds no Config."""
         try:
             values = dict(json.loads(Path(path).read_text()))
-            more = ("fingerprint", "code", "cache")  # of a run; of runs made before
-            return cls(**{name: values[name] for name in values if name not in more})
+            return cls(**{name: values[name] for name in values if name not in ("fingerprint", "code")})
         except (TypeError, AttributeError, ValueError) as error:
             hint = "If it names a loss or a network of your own, define that first."
             raise ValueError(f"{path} holds no Config that can be used ({error}). {hint}") from error
@@ -1150,16 +1142,18 @@ class Run:
         """The network with the weights of the best epoch (least validation loss), ready to predict."""
         return load_model(self.folder)
 
-def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> Run:
+def run(config: Config, stop_after: int | None = None, quiet: bool = False,
+        watch: Callable[[dict, np.ndarray], object] | None = None) -> Run:
     """Trains, or goes on, or reads: whatever is left to do for this Config.
 
     The run is the folder `<workspace>/<name>/`. Not there, it is started; cut off at whatever moment, it goes
     on from its last checkpoint, on a CPU to the same bits as if it never had been; finished, it is read. In
     it: config.json, metrics.csv and timing.csv (a row an epoch), checkpoint.pt, best.pt (the weights of the
     least validation loss), results.json (what those are worth on other samples), and images. It leaves off
-    after `stop_after` epochs, as if cut off there; `quiet` shows nothing. Processes that accelerate has
-    started train together. Raises ValueError where the folder holds another run, and for data, losses and
-    networks that do not fit; RuntimeError where another program is at this run; MemoryError."""
+    after `stop_after` epochs, as if cut off there; `quiet` prints nothing; `watch` is called with the run's
+    state and each sheet of pictures that is saved. Processes that accelerate has started train together.
+    Raises ValueError where the folder holds another run, and for data, losses and networks that do not fit;
+    RuntimeError where another program is at this run."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         accelerate.PartialState(cpu=not GPU)
     first, folder = _processes()[0] == 0, fetch(config.name)
@@ -1178,15 +1172,12 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False) -> R
                 parts, model = parts_of(config, ds), _begin(config)
                 if first:
                     _write(folder / "config.json", json.dumps(settings, indent=1))
-                _train(config, ds, parts, model, folder, stop_after, quiet or not first)
+                _train(config, ds, parts, model, folder, stop_after, quiet or not first, watch)
             elif not quiet:
                 print(f"{config.name}: finished before, read from its folder")
             return read_run(folder)
     except filelock.Timeout:
         raise RuntimeError(f"Another program is at the run {folder}. Wait, or take another name.") from None
-    except torch.OutOfMemoryError as error:
-        remedy = f"Set batch_size={config.batch_size // 2 or 1} or a smaller size, under another name"
-        raise MemoryError(f"{config.name}: a batch does not fit into memory. {remedy}.") from error
 
 def _own_code(config: Config) -> dict[str, str]:
     """A hash of the source of a network or loss of one's own: edited, it makes another run."""
@@ -1298,14 +1289,6 @@ def read_run(folder: AnyPath) -> Run:
 
 # ---------- Training ----------------------------------------------------------------------------------------
 
-class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes; on CPUs, where torch's own refuses."""
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        shares = torch.distributed.nn.functional.all_gather(x.contiguous())
-        return super().forward(torch.cat(shares)).chunk(len(shares))[dist.get_rank()].clone()
-
 def _begin(config: Config) -> nn.Module:
     """The network as it begins. Raises ValueError where it does not do what the networks of MODELS do."""
     torch.manual_seed(config.seed)
@@ -1322,20 +1305,15 @@ def _begin(config: Config) -> nn.Module:
         raise ValueError(f"The network {config.model!r} must give a pair, each (N, 1, H, W): logits, depth.")
     if GPU == "cuda" and processes > 1:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in [module for module in model.modules() if type(module) is nn.BatchNorm2d and processes > 1]:
-        module.__class__ = SyncBatchNorm
     return model
 
 def _mean_over_processes(tensors: Sequence[Tensor]) -> None:
     """Where several processes train together, each waits for the others and gets the mean of all."""
-    if dist.is_initialized():
-        means = torch.cat([tensor.reshape(-1) for tensor in tensors]) / dist.get_world_size()
-        dist.all_reduce(means)
-        for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.all_reduce(tensor.div_(dist.get_world_size()))
 
 def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: nn.Module, folder: Path,
-           stop_after: int | None, quiet: bool) -> None:
+           stop_after: int | None, quiet: bool, watch: Callable | None) -> None:
     """From the last checkpoint to the last epoch. Everything random in a step depends on (seed, step) alone,
     and the order of an epoch on (seed, epoch): that makes going on exact."""
     process, processes = _processes()
@@ -1360,7 +1338,6 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
         else:
             state[name] = saved.to(DEVICE) if name == "loss_sum" else saved
     augment = [change for name, change in AUGMENTATIONS.items() if name in config.augment.split("+")]
-    show = _live_view(config, quiet or processes > 1)
     while state["step"] < steps * (epochs if stop_after is None else min(epochs, stop_after)):
         epoch, begun = divmod(state["step"], steps)
         order = np.random.default_rng([config.seed, epoch]).permutation(parts["train"])
@@ -1374,7 +1351,7 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
         model.train()
         for whole, batch in zip(batches, bar, strict=True):
             if epoch == 0 and process == 0 and state["step"] in FIRST_STEPS:
-                show(state, _save_images(folder, state, ds, parts, config))
+                _save_images(folder, state, ds, parts, config, watch)
                 model.train()
             torch.manual_seed((config.seed * 2**32 + state["step"]) * 64 + process)
             batch = functools.reduce(lambda batch, change: change(batch), augment, to_float(batch, DEVICE))
@@ -1403,7 +1380,7 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
             if due and state["step"] % steps:
                 _save(folder, state)
                 saved_at = time.monotonic()
-        _end_epoch(config, ds, parts, folder, state, time.monotonic() - started, quiet, show)
+        _end_epoch(config, ds, parts, folder, state, time.monotonic() - started, quiet, watch)
     if state["step"] == steps * epochs:
         _kept(state).load_state_dict(state["best"])
         tests = {part: indices for part, indices in parts.items() if part != "train"}
@@ -1419,7 +1396,7 @@ def _refuse_not_finite(config: Config, state: dict, samples: Iterable[str]) -> N
         some = ", ".join(itertools.islice(samples, 8))
         raise ValueError(f"{where} {some}. Try a smaller lr, under another name.")
 
-def _end_epoch(config, ds, parts, folder, state, seconds, quiet, show) -> None:
+def _end_epoch(config, ds, parts, folder, state, seconds, quiet, watch) -> None:
     """Measures and writes what the epoch has brought, the checkpoint last: a kill before it repeats all."""
     measured = _kept(state)
     # Learned weights change from epoch to epoch; epochs are compared by weights that do not.
@@ -1442,7 +1419,7 @@ def _end_epoch(config, ds, parts, folder, state, seconds, quiet, show) -> None:
     if _processes()[0] == 0:
         timing = _read_table(folder / "timing.csv")[: row["epoch"] - 1]
         _write(folder / "timing.csv", [*timing, {"epoch": row["epoch"], "seconds": seconds}])
-        show(state, _save_images(folder, state, ds, parts, config))
+        _save_images(folder, state, ds, parts, config, watch)
         _write(folder / "metrics.csv", state["history"])
         _write(folder / "best.pt", state["best"])
     _save(folder, state)
@@ -1483,9 +1460,7 @@ def _load_state(path: Path) -> dict:
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # of junk torch.load raises many kinds
-        reason = "it would run code, and weights need none" if "weights_only" in str(error) else str(error)
-        reason = reason.partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is damaged, or no file of weights ({reason}).") from error
+        raise ValueError(f"{path} is damaged, or would run code: it is no file of weights.") from error
 
 def _read_table(path: Path) -> list[dict[str, float]]:
     table = pd.read_csv(path, dtype=str) if path.exists() else pd.DataFrame()
@@ -1514,12 +1489,7 @@ def _drive(local: Path) -> SimpleNamespace | None:
 
 def _copy_for_ever(local: Path, drive: SimpleNamespace) -> None:
     while True:
-        before, drive.trouble = drive.trouble, _copy_newer(local, drive.folder, drive, drive.there)
-        if drive.trouble and not before:
-            tqdm.write(f"Google Drive fails ({drive.trouble}); work goes on.")
-        if before and not drive.trouble:
-            tqdm.write("Google Drive answers again.")
-            drive.there.clear()  # Drive may have lost what it had not uploaded
+        drive.trouble = _copy_newer(local, drive.folder, drive, drive.there)
         time.sleep(LOOK_AGAIN)
 
 def _copy_newer(source: Path, target: Path, drive: SimpleNamespace, done: dict, name: AnyPath = "") -> str:
@@ -1532,10 +1502,9 @@ def _copy_newer(source: Path, target: Path, drive: SimpleNamespace, done: dict, 
             for changed, file in _files(entry):
                 os.stat(drive.folder.parent)  # where Drive is not mounted, its folders must not be made
                 copy = target / file.relative_to(source)
-                if done.get(file) != changed == _changed(file):
-                    if changed > _changed(copy) + 10**7:  # Drive counts milliseconds
-                        _copy(file, copy)
-                    done[file] = changed
+                if _changed(file) == changed > _changed(copy) + 10**7:  # Drive counts milliseconds
+                    _copy(file, copy)
+                done[file] = changed
         except OSError as error:
             trouble = str(error)
     return trouble
@@ -1843,44 +1812,21 @@ def results_table(results: dict[str, Results | list[Results]],
     weight = pd.DataFrame(np.where(pd.DataFrame(bold), "font-weight: bold", ""), table.index, table.columns)
     return table.style.apply(lambda _: weight, axis=None).set_uuid("")
 
-def _save_images(folder: Path, state: dict, ds: ZipDataset, parts: dict, config: Config) -> np.ndarray:
-    """Saves and gives a sheet of pictures, 8 bit as they are, `_columns` side by side: a row for each of four
-    training samples and four of the last part, which has least in common with them."""
+def _save_images(folder: Path, state: dict, ds: ZipDataset, parts: dict, config: Config, watch) -> None:
+    """Saves a sheet of pictures, 8 bit as they are: a row for each of four training samples and four of the
+    last part, which has least in common with them; in it bg, fg_bg, and of each task truth and prediction."""
     rows, last = [], [part for part, indices in parts.items() if len(indices)][-1]
+    kinds = ["bg", "fg_bg", *(f"{task}{of}" for task in config.tasks for of in ("", "_predicted"))]
     for indices in (parts["train"], parts[last]):
         shown = indices[np.linspace(0, len(indices) - 1, 4).astype(int)]
         for sample in _predictions(_kept(state), ds, shown, config.precision):
-            rows.append(torch.cat([sample[kind].expand(3, -1, -1) for kind in _columns(config)], 2))
+            rows.append(torch.cat([sample[kind].expand(3, -1, -1) for kind in kinds], 2))
     sheet = torch.cat(rows, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
     name = f"epoch_{len(state['history']):03}" + ("" if state["history"] else f"_step_{state['step']:03}")
     with _replacing(folder / "images" / name / "sheet.png") as part:
         Image.fromarray(sheet).save(part, "png")
-    return sheet
-
-def _columns(config: Config) -> list[str]:
-    """What the columns of a sheet show."""
-    return ["bg", "fg_bg", *(f"{task}{of}" for task in config.tasks for of in ("", "_predicted"))]
-
-def _live_view(config: Config, quiet: bool) -> Callable[[dict, np.ndarray], None]:
-    """What brings a notebook's display of a run up to date: its curves, three predictions on the last part.
-    None is shown if `quiet`, and in continuous integration."""
-    if quiet or "CI" in os.environ or not hasattr(get_ipython(), "kernel"):
-        return lambda state, sheet: None
-    handle, columns = display({"text/plain": "..."}, raw=True, display_id=True), _columns(config)
-
-    def show(state: dict, sheet: np.ndarray) -> None:
-        figure, (curves, pictures) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(1, 2), dpi=80)
-        if state["history"]:
-            shown = r"epoch|train_loss|valid_(loss|iou|rmse)$"
-            pd.DataFrame(state["history"]).filter(regex=shown).plot("epoch", ax=curves, marker=".")
-        curves.set_title(f"{config.name}, step {state['step']}")
-        pictures.imshow(sheet[4 * config.size : 7 * config.size])
-        centres = (np.arange(len(columns)) + 0.5) * config.size
-        pictures.set(xticks=centres, xticklabels=[of.replace("_", "\n") for of in columns], yticks=[])
-        handle.update(figure)
-        plt.close(figure)
-
-    return show
+    if watch:
+        watch(state, sheet)
 
 def explore(draw: Callable[..., object], **controls: object) -> None:
     """Shows in a notebook these ipywidgets and, below them, the figure that `draw` makes with pyplot of their
@@ -1903,11 +1849,6 @@ def explore(draw: Callable[..., object], **controls: object) -> None:
     display(ipywidgets.VBox([*controls.values(), picture]))
 
 if __name__ == "__main__":  # accelerate launch helpers.py CONFIG.json: a saved Config on all GPUs
-    if len(sys.argv) != 2:
-        sys.exit("Give the JSON file of one Config: accelerate launch helpers.py CONFIG.json")
-    try:
-        run(Config.load(sys.argv[1]))
-    except (OSError, RuntimeError, ValueError, MemoryError) as error:
-        sys.exit(str(error))
+    run(Config.load(sys.argv[1]))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -125,7 +125,7 @@ def files(folder):
 
 @pytest.mark.parametrize("failure", [errno.EIO, errno.ENOSPC, errno.ENOTCONN, "hang", "vanish"])
 def test_training_goes_on_while_drive_fails_and_what_is_missing_is_copied_later(
-    failure, faulty, config, undisturbed, local, there, capsys
+    failure, faulty, config, undisturbed, local, there
 ):
     def happens():
         until(lambda: (there / "first" / "images" / "epoch_001" / "sheet.png").exists())
@@ -134,14 +134,13 @@ def test_training_goes_on_while_drive_fails_and_what_is_missing_is_copied_later(
     Watched.happens = {12: happens}  # in the second epoch
     run(config, quiet=True)
     assert different(contents(local / "first"), undisturbed) == []
-    report, printed = drive_report(0.3), capsys.readouterr().out
+    report = drive_report(0.3)
     assert "Not there (" in report and "first/results.json" in report and str(local) in report
     if failure != "hang":
         why = os.strerror(failure) if isinstance(failure, int) else os.strerror(errno.ENOENT)
-        assert why in report and printed.count("Google Drive fails (") == 1 and why in printed
+        assert why in report
     faulty.recover()
     assert "Not there" not in drive_report(60)
-    assert capsys.readouterr().out.count("Google Drive answers again") == (failure != "hang")
     assert files(there) == files(local)
 
 

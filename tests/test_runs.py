@@ -150,9 +150,9 @@ def test_a_config_takes_paths_and_numbers_of_numpy_and_is_read_as_it_was_saved(t
     config.save(tmp_path / "mine.json")
     assert Config.load(tmp_path / "mine.json") == Config.load(str(tmp_path / "mine.json")) == config
     assert config == Config("a/b", data="ä b", epochs=3, average=0.1, **options)
-    values = json.loads((tmp_path / "mine.json").read_text()) | {"cache": "disk", "fingerprint": "0"}
-    (tmp_path / "old.json").write_text(json.dumps(values))  # with a setting that there was once
-    assert Config.load(tmp_path / "old.json") == config
+    values = json.loads((tmp_path / "mine.json").read_text()) | {"code": {}, "fingerprint": "0"}
+    (tmp_path / "run.json").write_text(json.dumps(values))  # as a run keeps it
+    assert Config.load(tmp_path / "run.json") == config
 
 
 NO_CONFIG = {'{"name": "a", "rate": 1}': "rate", '{"name": "a", "model": "unet"}': "Unknown model 'unet'"}
