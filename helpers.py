@@ -96,13 +96,12 @@ def data_zip(path: AnyPath = "") -> Path:
     given = str(path) or os.environ.get("DATA_ZIP", "")
     if not given:
         made = fetch("scenes.zip")
-        if SCALE == "full" and not made.exists():
-            with filelock.FileLock(made.with_name(".scenes.lock")):  # of several processes one draws
-                if not made.exists():
-                    print("There is no data set yet: notebook 00 draws one, which takes some minutes.")
-                    nb = _drawing()
-                    size = nb.backgrounds, nb.objects, nb.places, nb.size
-                    nb.make_dataset(made, *size, nb.seed, nb.objects_per_background)
+        with filelock.FileLock(made.with_name(".scenes.lock")):  # of several processes one draws
+            if SCALE == "full" and not made.exists():
+                print("There is no data set yet: notebook 00 draws one, which takes some minutes.")
+                nb = _drawing()
+                size = nb.backgrounds, nb.objects, nb.places, nb.size
+                nb.make_dataset(made, *size, nb.seed, nb.objects_per_background)
         return made if made.exists() else ROOT / "assets" / "sample.zip"
     workspace()  # mounts Drive
     found = _found(given, "Give the path of a data set zip, or none for the sample.")
@@ -1302,7 +1301,7 @@ def _begin(config: Config) -> nn.Module:
     with torch.no_grad():
         given = model.eval()(*torch.zeros(2, 2, 3, config.size, config.size, device=DEVICE))
     if not isinstance(given, tuple | list) or [getattr(one, "shape", 0) for one in given] != [shape, shape]:
-        raise ValueError(f"The network {config.model!r} must give a pair, each (N, 1, H, W): logits, depth.")
+        raise ValueError(f"The network {config.model!r} must give a pair (N, 1, H, W): mask_logits, depth.")
     if GPU == "cuda" and processes > 1:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
@@ -1460,7 +1459,7 @@ def _load_state(path: Path) -> dict:
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # of junk torch.load raises many kinds
-        raise ValueError(f"{path} is damaged, or would run code: it is no file of weights.") from error
+        raise ValueError(f"{path} is damaged, or no file of weights ({type(error).__name__}).") from error
 
 def _read_table(path: Path) -> list[dict[str, float]]:
     table = pd.read_csv(path, dtype=str) if path.exists() else pd.DataFrame()
