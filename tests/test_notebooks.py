@@ -1,8 +1,6 @@
 """The notebooks as committed: one form, run from top to bottom, nothing of the machine they ran on."""
 
 import ast
-import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -158,22 +156,21 @@ def test_cells_may_be_run_twice_and_in_another_order():
     ({"name": "my chair.JPG", "content": memoryview(b"bytes")},),  # ipywidgets 8
 ], ids=["7", "8"])  # fmt: skip
 def test_an_uploaded_photo_becomes_a_file(tmp_path, value):
-    (tmp_path / "06_predict").mkdir()
-    uploaded = defined(NOTEBOOKS["06_predict.ipynb"], "uploaded", Path=Path, workspace=lambda: tmp_path)
+    uploaded = defined(NOTEBOOKS["06_predict.ipynb"], "uploaded", Path=Path, folder=tmp_path)
     path = uploaded(SimpleNamespace(value=value, description="With the object"), "photo")
-    assert path == tmp_path / "06_predict" / "photo.jpg" and path.read_bytes() == b"bytes"
+    assert path == tmp_path / "photo.jpg" and path.read_bytes() == b"bytes"
     with pytest.raises(ValueError, match="With the object"):
         uploaded(SimpleNamespace(value=type(value)(), description="With the object"), "photo")
 
 
-def export(*given, **options):
-    names = {"torch": torch, "importlib": importlib, "Path": Path, "os": os, "load_model": load_model}
-    return defined(NOTEBOOKS["06_predict.ipynb"], "Exported", "export", **names)(*given, **options)
+def export(*given):
+    names = {"torch": torch, "Path": Path, "load_model": load_model}
+    return defined(NOTEBOOKS["06_predict.ipynb"], "Exported", "export", **names)(*given)
 
 
 def test_exported_files_give_what_the_network_gives_at_any_size(tmp_path, sample):
     """Oracles: the network itself, and ONNX Runtime for what ONNX means."""
-    files, batch = export("", tmp_path / "folder"), to_float(ZipDataset(sample, 96).batch([0, 100, 200]))
+    files, batch = export("", tmp_path), to_float(ZipDataset(sample, 96).batch([0, 100, 200]))
     session, program = onnxruntime.InferenceSession(files[0]), torch.export.load(files[1]).module()
     for count, height, width in ((3, 96, 96), (1, 32, 64)):
         bg, fg_bg = (batch[kind][:count, :, :height, :width].contiguous() for kind in ("bg", "fg_bg"))
@@ -187,10 +184,8 @@ def test_exported_files_give_what_the_network_gives_at_any_size(tmp_path, sample
     assert not any(str(ROOT).encode() in file.read_bytes() for file in files)
 
 
-def test_an_export_has_the_trained_task_alone_at_a_size_that_fits(tmp_path):
+def test_an_export_has_the_trained_task_alone(tmp_path):
     Config("masks", model="difference_unet", depth_loss=None).save(tmp_path / "config.json")
     torch.save(MODELS["difference_unet"]().state_dict(), tmp_path / "best.pt")
-    session = onnxruntime.InferenceSession(export(tmp_path, tmp_path, size=32)[0])
-    assert [(one.name, one.shape[1:]) for one in session.get_outputs()] == [("mask", [1, 32, 32])]
-    with pytest.raises(ValueError, match=r"multiple of 16 pixels\. Use 48"):
-        export(tmp_path, tmp_path, size=50)
+    session = onnxruntime.InferenceSession(export(tmp_path, tmp_path)[0])
+    assert [one.name for one in session.get_outputs()] == ["mask"]
