@@ -183,6 +183,10 @@ def test_the_files_of_the_debian_package(nb, tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "some.sh3f", "w") as archive:
         archive.writestr("PluginFurnitureCatalog.properties", text)
         archive.writestr("some/chair.obj", trimesh.creation.box().export(file_type="obj"))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # stopped while unpacking
+        half = lambda archive, to: archive.extract("some/chair.obj", to) and 1 / 0  # noqa: E731
+        patch.setattr(zipfile.ZipFile, "extractall", half)
+        nb.read_catalogue(tmp_path)
     (name, entry), *others = nb.read_catalogue(tmp_path).items()
     assert name == "Some#chair" and not others and entry.category == "Office" and entry.top == 0.45
     assert np.ptp(nb.load_mesh(entry.file, name, entry.size).box, 0) == pytest.approx([0.5, 0.9, 0.6])
@@ -277,6 +281,14 @@ def test_a_view_without_floor_within_reach_is_drawn_anew(nb, monkeypatch, seed, 
     for number in range(3):
         assert all(mask.any() for _, mask, _ in nb.make_pair(seed, 64, 0, number, 0))
     assert len(set(drawn)) == len(drawn) == blocked + 1  # none alike, and none too many
+
+
+def test_scenes_that_never_show_a_floor_are_said_so(nb, monkeypatch):
+    wall = nb.box([-9, -1, -1.1], [9, 9, -1], grey(nb))
+    for kind in ("room", "outdoors"):
+        monkeypatch.setattr(nb, kind, lambda rng, size: yard_scene(nb, size, [wall]))
+    with pytest.raises(ValueError, match=r"Background 3 shows no floor in 20 scenes\. Give"):
+        nb.make_backdrop(94, 3, 64)
 
 
 # The zip
