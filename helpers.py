@@ -96,12 +96,13 @@ def data_zip(path: AnyPath = "") -> Path:
     given = str(path) or os.environ.get("DATA_ZIP", "")
     if not given:
         made = fetch("scenes.zip")
-        with filelock.FileLock(made.with_name(".scenes.lock")):  # of several processes one draws
-            if SCALE == "full" and not made.exists():
-                print("There is no data set yet: notebook 00 draws one, which takes some minutes.")
-                nb = _drawing()
-                size = nb.backgrounds, nb.objects, nb.places, nb.size
-                nb.make_dataset(made, *size, nb.seed, nb.objects_per_background)
+        if SCALE == "full" and not made.exists():
+            with filelock.FileLock(made.with_name(".scenes.lock")):  # of several processes one draws
+                if not made.exists():
+                    print("There is no data set yet: notebook 00 draws one, which takes some minutes.")
+                    nb = _drawing()
+                    size = nb.backgrounds, nb.objects, nb.places, nb.size
+                    nb.make_dataset(made, *size, nb.seed, nb.objects_per_background)
         return made if made.exists() else ROOT / "assets" / "sample.zip"
     workspace()  # mounts Drive
     found = _found(given, "Give the path of a data set zip, or none for the sample.")
@@ -189,6 +190,8 @@ def read_picture(data: bytes, kind: str = "fg_bg") -> np.ndarray:
             raise Image.DecompressionBombError
         if image.mode.startswith(("I", "F")):
             raise ValueError("it has more than 8 bits a channel; save it with 8")
+        if grey and image.mode == "RGB":
+            image.draft("YCbCr", None)  # of a JPEG, its own grey
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
             raise ValueError("it is transparent in parts; save what should be seen there")
@@ -271,7 +274,7 @@ def _recognise_layout(names: Sequence[str]) -> str | None:
     """The layout whose table is there, or that most fg_bg names among some thousand files follow, if any."""
     if any(map(TABLE.fullmatch, names)):
         return "roshantac"
-    some = names[:: len(names) // 10_000 + 1]
+    some = [names[i] for i in np.random.default_rng(0).permutation(len(names))[:10_000]]
     patterns = {name: _pattern(kinds.split()[1]) for name, kinds in LAYOUTS.items() if name != "roshantac"}
     counts = {name: sum(map(bool, map(pattern.fullmatch, some))) for name, pattern in patterns.items()}
     return max(counts, key=counts.get) if any(counts.values()) else None
@@ -1152,7 +1155,7 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False,
     after `stop_after` epochs, as if cut off there; `quiet` prints nothing; `watch` is called with the run's
     state and each sheet of pictures that is saved. Processes that accelerate has started train together.
     Raises ValueError where the folder holds another run, and for data, losses and networks that do not fit;
-    RuntimeError where another program is at this run."""
+    RuntimeError where another program is at this run; MemoryError."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         accelerate.PartialState(cpu=not GPU)
     first, folder = _processes()[0] == 0, fetch(config.name)
@@ -1177,6 +1180,9 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False,
             return read_run(folder)
     except filelock.Timeout:
         raise RuntimeError(f"Another program is at the run {folder}. Wait, or take another name.") from None
+    except torch.OutOfMemoryError as error:
+        remedy = f"Set batch_size={config.batch_size // 2 or 1} or a smaller size, under another name"
+        raise MemoryError(f"{config.name}: a batch does not fit into memory. {remedy}.") from error
 
 def _own_code(config: Config) -> dict[str, str]:
     """A hash of the source of a network or loss of one's own: edited, it makes another run."""
@@ -1288,6 +1294,14 @@ def read_run(folder: AnyPath) -> Run:
 
 # ---------- Training ----------------------------------------------------------------------------------------
 
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes; on CPUs, where torch's own refuses."""
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        shares = torch.distributed.nn.functional.all_gather(x.contiguous())
+        return super().forward(torch.cat(shares)).chunk(len(shares))[dist.get_rank()].clone()
+
 def _begin(config: Config) -> nn.Module:
     """The network as it begins. Raises ValueError where it does not do what the networks of MODELS do."""
     torch.manual_seed(config.seed)
@@ -1304,6 +1318,8 @@ def _begin(config: Config) -> nn.Module:
         raise ValueError(f"The network {config.model!r} must give a pair (N, 1, H, W): mask_logits, depth.")
     if GPU == "cuda" and processes > 1:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in [module for module in model.modules() if type(module) is nn.BatchNorm2d and processes > 1]:
+        module.__class__ = SyncBatchNorm
     return model
 
 def _mean_over_processes(tensors: Sequence[Tensor]) -> None:

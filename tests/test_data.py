@@ -276,4 +276,5 @@ def test_at_full_scale_a_data_set_is_drawn_where_there_is_none(tmp_path, monkeyp
     monkeypatch.setattr(helpers, "_drawing", lambda: nb)
     assert helpers.data_zip() == tmp_path / "scenes.zip" and "draws one" in capsys.readouterr().out
     assert len(ZipDataset(tmp_path / "scenes.zip", 32)) == 2 * 2 * 2
+    monkeypatch.delattr(helpers.filelock, "FileLock")  # nor is it waited for
     assert helpers.data_zip() == tmp_path / "scenes.zip" and capsys.readouterr().out == ""
