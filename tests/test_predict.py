@@ -14,7 +14,8 @@ from PIL import Image
 from test_notebooks import NOTEBOOKS, defined
 from torch import nn
 
-from helpers import MODELS, Config, align_background, load_model, open_photo, predict, predict_images
+import helpers
+from helpers import MODELS, Config, align_background, load_model, predict, predict_images
 
 GOOD = torch.full((1, 3, 20, 30), 0.5)
 
@@ -345,10 +346,8 @@ def frames(path):
 
 
 def predict_film(*given, **options):
-    names = {"torch": torch, "np": np, "cv2": cv2, "Image": Image, "predict": predict}
-    names |= {"open_photo": open_photo, "align_background": align_background}
     wanted = "mask_and_depth", "pictures_of", "predict_film"
-    return defined(NOTEBOOKS["06_predict.ipynb"], *wanted, **names)(*given, **options)
+    return defined(NOTEBOOKS["06_predict.ipynb"], *wanted, **vars(helpers))(*given, **options)
 
 
 def test_a_folder_of_photos_gives_what_each_alone_gives_and_a_video(tmp_path):
@@ -393,3 +392,7 @@ def test_what_is_no_folder_of_photos_and_no_video_is_said(tmp_path):
     (photos / "notes.txt").write_text("notes")
     with pytest.raises(ValueError, match=r"notes\.txt cannot be read as a picture"):
         predict_film(StandIn(), bg, photos, tmp_path / "out")
+    assert not (tmp_path / "out" / "overlay.mp4").exists()  # a film is whole or not there
+    (photos / "0.bmp").write_bytes((photos / "0.png").read_bytes())
+    with pytest.raises(ValueError, match="differ in the ending of their names alone"):
+        predict_film(StandIn(), bg, photos, tmp_path / "out", overwrite=True)
