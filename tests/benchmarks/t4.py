@@ -53,6 +53,7 @@ DRAWN = np.repeat(helpers._drawing().choose_objects(0, 320, 220, 32) + 1, 2, 1)
 SCENES = type("Scenes", (), {"__len__": lambda _: DRAWN.size})()
 SCENES.bg_id, SCENES.fg_id = np.indices(DRAWN.shape)[0].ravel() + 1, DRAWN.ravel()
 SCENES.name = lambda i: f"bg{SCENES.bg_id[i]:03}_fg{SCENES.fg_id[i]:03}_{i % 2 + 1:02}"
+SCENES.kinds, SCENES.path = helpers.KINDS, Path("scenes.zip")
 
 
 class Ops(TorchDispatchMode):
