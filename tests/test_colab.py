@@ -167,9 +167,9 @@ def test_the_data_are_the_given_or_the_variables_or_notebook_00s_or_the_sample(t
     monkeypatch.delenv("DATA_ZIP", raising=False)
     monkeypatch.chdir(ROOT / "notebooks")
     assert data_zip() == data_zip("assets/sample.zip") == sample  # of the project, wherever one starts
-    for name in ("scenes.zip", "variable.zip", "given.zip"):
+    for name in ("scenes.zip", "scenes_quick.zip", "variable.zip", "given.zip"):
         (tmp_path / name).touch()
-    assert data_zip() == tmp_path / "scenes.zip"
+    assert data_zip() == tmp_path / "scenes_quick.zip"  # the other is of the full scale
     monkeypatch.setenv("DATA_ZIP", str(tmp_path / "variable.zip"))
     assert data_zip() == tmp_path / "variable.zip"
     assert data_zip(tmp_path / "given.zip") == tmp_path / "given.zip"

@@ -175,7 +175,7 @@ def test_a_folder_of_ones_own_models(nb, tmp_path):
 
 
 def test_the_files_of_the_debian_package(nb, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORKSPACE", str(tmp_path / "work"))
+    monkeypatch.setattr(nb, "CACHE", tmp_path / "cache")
     text = "id#1=Some#chair\nname#1=Chair\ncategory#1=Office\nmodel#1=/some/chair.obj\nwidth#1=50\n"
     text += "depth#1=60\nheight#1=90\ndoorOrWindow#1=false\ndropOnTopElevation#1=45\n"
     text += "id#2=Some#door\nmodel#2=/some/chair.obj\nwidth#2=50\ndepth#2=6\nheight#2=200\n"
