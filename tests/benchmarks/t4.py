@@ -41,11 +41,11 @@ NOTEBOOKS = {
     "02_model": (22 + 8709 / 950, ["seeds = {"], """run_all({0: [Config(f"{k}", model="difference_unet",
         precision="float32", epochs=1, max_train=steps * batch_size, max_test=300)
         for k in range(3 * seeds)]})"""),
-    "03_losses": (10 + 8509 / 1500, ["steps = {", "base =", "_suite = {", '["brier"]', "def configs"], ""),
-    "04_sweep_64px": (8 + 2000 / 1500 + 2000 / 180, ["steps = {", "base =", "reports =", "variants |=",
+    "03_losses": (10 + 8709 / 1500, ["steps = {", "base =", "_suite = {", '["brier"]', "def configs"], ""),
+    "04_sweep_64px": (8 + 800 / 1500 + 800 / 180, ["steps = {", "base =", "reports =", "variants |=",
         "variants =", "def seeded", "runs = run_all({label", "at_64 ="],  # finalists: 3 x 2 seeds, 1 x 3
         'run_all({0: [dataclasses.replace(base, name=f"finalist/{k}") for k in range(9)]})'),
-    "05_final_192px": (13 + 4355 / 180, ["epochs = {", "recipe =", "budget =", "small =", "final ="], ""),
+    "05_final_192px": (13 + 4355 / 180, ["steps = {", "recipe =", "budget =", "small =", "final ="], ""),
     "06_predict": (20, (), ""),
 }  # fmt: skip
 # The data set of 00 at full scale without its pictures, which can be divided.
