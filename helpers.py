@@ -69,6 +69,7 @@ if SCALE not in ("quick", "full"):
     raise ValueError(f"The environment variable SCALE is {SCALE!r}; it can be 'quick' or 'full'.")
 ROOT = Path(__file__).resolve().parent
 DRIVE = Path("/content/drive")
+SCENES = {"quick": "scenes_quick.zip", "full": "scenes.zip"}  # what notebook 00 draws at each scale
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mask-and-depth"  # may be deleted
 
 def environment() -> str:
@@ -90,12 +91,12 @@ def workspace() -> Path:
     return folder
 
 def data_zip(path: AnyPath = "") -> Path:
-    """The data set to use: `path`, else the environment variable DATA_ZIP, else what notebook 00 made at this
-    scale in the workspace, at full scale drawn if need be, else the project's sample. A folder may stand for a
-    zip; a zip on Drive, which is slow, is copied to the local disk. Raises FileNotFoundError."""
+    """The data set to use: `path`, else the environment variable DATA_ZIP, else what notebook 00 has drawn in
+    the workspace at this scale (the full one is drawn if need be), else the project's sample. A folder may
+    stand for a zip; a zip on Drive, which is slow, is copied to the local disk. Raises FileNotFoundError."""
     given = str(path) or os.environ.get("DATA_ZIP", "")
     if not given:
-        made = fetch("scenes.zip" if SCALE == "full" else "scenes_quick.zip")
+        made = fetch(SCENES[SCALE])
         if SCALE == "full" and not made.exists():
             with filelock.FileLock(made.with_name(".scenes.lock")):  # of several processes one draws
                 if not made.exists():
@@ -1285,8 +1286,7 @@ def read_run(folder: AnyPath) -> Run:
         raise FileNotFoundError(f"{folder} holds no run (no config.json). Give the folder that run() made.")
     try:
         history, timing = _read_table(folder / "metrics.csv"), _read_table(folder / "timing.csv")
-        results = folder / "results.json"
-        results = json.loads(results.read_text()) if results.exists() else {}
+        results = json.loads(file.read_text()) if (file := folder / "results.json").exists() else {}
         seconds = [row["seconds"] for row in timing]
         return Run(Config.load(folder / "config.json"), folder, history, seconds, results)
     except (KeyError, ValueError) as error:

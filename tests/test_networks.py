@@ -11,10 +11,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import helpers
-from helpers import MODELS, ZipDataset, baselines, load_model, split
+from helpers import MODELS, WEIGHTS, ZipDataset, baselines, load_model, split
 
 TABLE = Path(__file__).with_name("resunet_layers.txt")
-WEIGHTS = Path(helpers.__file__).parent / "assets" / "difference_unet.pt"
 
 # Of the reports: all parameters, and GFLOP of a forward pass at 64 x 64; and, counted by hand from the lists
 # of layers, how many parameters both tasks reach, the mask alone, depth alone. The last is the stride. Of the
