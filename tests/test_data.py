@@ -17,7 +17,7 @@ from conftest import FILE_NAMES, encoded
 from PIL import Image
 
 import helpers
-from helpers import CHANNELS, KINDS, LAYOUTS, ZipDataset
+from helpers import CHANNELS, KINDS, LAYOUTS, ZipDataset, split
 
 pytestmark = pytest.mark.usefixtures("cache")
 FILES = 3 + 3 * 24  # of a zip of 24 samples, which share their backgrounds
@@ -89,8 +89,8 @@ def test_shapes_types_and_ranges(sample):
             assert item[kind].min() >= 0 and 0.1 < item[kind].max() <= 1
         assert set(item["mask"].unique().tolist()) <= {0.0, 1.0}
     assert [item["name"] for item in ds] == [ds.name(i) for i in range(len(ds))]
-    for ids in (ds.bg_id, ds.fg_id):
-        assert len(ids) == len(ds) >= 400 and len(set(ids)) >= 12 and ids.dtype.kind == "i"
+    assert all(len(set(ids)) >= 40 and ids.dtype.kind == "i" for ids in (ds.bg_id, ds.fg_id))
+    assert min(len(of) for part, of in split(ds).items() if part.startswith("test")) >= 40 and len(ds) >= 500
 
 
 @pytest.mark.parametrize("near", ["dark", "bright"])
