@@ -223,6 +223,7 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
         if not what:
             archive = zipfile.ZipFile(path)
+            archive.process = os.getpid()
             if not any(0 < info.volume < 0xFFFF for info in archive.infolist()):
                 return archive
     except (zipfile.BadZipFile, OSError, ValueError) as error:
@@ -240,7 +241,7 @@ def _list_files(path: Path) -> tuple[list[str], list, str]:
             beside = ", ".join(archive.name for archive in archives)
             warnings.warn(f"{path}: its pictures are read, and {beside} beside them is not.", stacklevel=3)
             archives = []
-        loose = [name for name in loose if not archives or name.endswith(".csv")]
+        loose = [name for name in loose if path / name not in archives]
     # For checksums of loose files all would be read: sizes tell whether they have changed.
     files = [(name, path / name, (path / name).stat().st_size % 2**32) for name in loose]
     for archive in map(_open_zip, archives):
@@ -259,7 +260,12 @@ def _list_files(path: Path) -> tuple[list[str], list, str]:
 def _read(place: Path | tuple[zipfile.ZipFile, zipfile.ZipInfo]) -> bytes:
     """The bytes of a file, by itself or in a zip. Raises ValueError."""
     try:
-        return place.read_bytes() if isinstance(place, Path) else place[0].read(place[1])
+        if isinstance(place, Path):
+            return place.read_bytes()
+        archive, info = place
+        if archive.process != os.getpid():  # a forked process would move its parent's place in the file
+            archive.fp, archive.process = io.BufferedReader(io.FileIO(archive.filename)), os.getpid()
+        return archive.read(info)
     except Exception as error:  # zipfile and its decompressors raise many kinds
         raise ValueError(f"it is damaged ({error}); copy it anew") from error
 
@@ -375,9 +381,8 @@ class ZipDataset(torch.utils.data.Dataset):
         _known(depth_near, ("dark", "bright"), "depth_near")
         _known(defects, ("stop", "leave_out"), "choice of defects")
         _known(layout, (None, *LAYOUTS), "layout")
-        self.path, self.size, self.depth_near, self.left_out = Path(path), size, depth_near, {}
-        if not self.path.exists():
-            raise FileNotFoundError(f"{path}: there is no such file or folder.")
+        self.path = _found(path, "Give the path of a data set zip, or of a folder.")
+        self.size, self.depth_near, self.left_out = size, depth_near, {}
         if size < 1:
             raise ValueError(f"size is {size}; it must be a number of pixels, 1 or more.")
         self.names, self._places, self.fingerprint = _list_files(self.path)
@@ -1044,12 +1049,8 @@ AUGMENTATIONS = {"mirror": mirror, "colour": jitter_colours, "shake": shake}  # 
 
 # ---------- Runs: a Config says everything, a folder holds everything ---------------------------------------
 
-OPTIMIZERS = {
-    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
-    "rmsprop": torch.optim.RMSprop,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
+OPTIMIZERS = {"sgd": functools.partial(torch.optim.SGD, momentum=0.9), "rmsprop": torch.optim.RMSprop}
+OPTIMIZERS |= {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = {  # of (optimizer, lr, steps); RMSprop, known by "alpha", has no momentum for a cycle to change
     "constant": lambda o, lr, steps: lr_scheduler.ConstantLR(o, factor=1.0),
     "step": lambda o, lr, steps: lr_scheduler.StepLR(o, -(-steps // 3), gamma=0.1),
@@ -1105,8 +1106,10 @@ class Config:
             if name in CHOICES:
                 _known(value, CHOICES[name], name)
             least, most = LEAST.get(name, 0), 1 if name == "average" else np.inf
-            if field.type in (int, float) and not (isinstance(value, int | float) and least <= value < most):
-                raise ValueError(f"{name} is {value!r}; it must be {least} or more, average below 1.")
+            what = {int: "a whole number", float: "a number"}.get(field.type)
+            numbers = int if field.type is int else int | float
+            if what and not (isinstance(value, numbers) and least <= value < most):
+                raise ValueError(f"{name} is {value!r}; it must be {what}, {least} or more, average below 1.")
         if not all(part.strip(". ") and not set(part) & set('\\:*?"<>|') for part in self.name.split("/")):
             raise ValueError(f"name is {self.name!r}; it must be a path of folders, such as losses/dice.")
         for name in self.augment.split("+"):
@@ -1159,7 +1162,8 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False,
     RuntimeError where another program is at this run; MemoryError."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         accelerate.PartialState(cpu=not GPU)
-    first, folder = _processes()[0] == 0, fetch(config.name)
+    first, folder = _processes()[0] == 0, workspace() / config.name
+    folder = folder if (folder / "results.json").exists() else fetch(config.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
     try:
@@ -1172,7 +1176,7 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False,
             settings = dataclasses.asdict(config) | {"fingerprint": ds.fingerprint, "code": _own_code(config)}
             _refuse_another(folder, settings)
             if not (folder / "results.json").exists():
-                parts, model = parts_of(config, ds), _begin(config)
+                parts, model = parts_of(config, ds), _begin(config, folder)
                 if first:
                     _write(folder / "config.json", json.dumps(settings, indent=1))
                 _train(config, ds, parts, model, folder, stop_after, quiet or not first, watch)
@@ -1186,7 +1190,8 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False,
         raise MemoryError(f"{config.name}: a batch does not fit into memory. {remedy}.") from error
 
 def _own_code(config: Config) -> dict[str, str]:
-    """A hash of the source of a network or loss of one's own: edited, it makes another run."""
+    """A hash of the source of a network, all its classes from one module, or a loss of one's own: edited, it
+    makes another run."""
     hashes = {}
     for field, known in (("model", MODELS), ("mask_loss", MASK_LOSSES), ("depth_loss", DEPTH_LOSSES)):
         made = known.get(getattr(config, field))
@@ -1195,7 +1200,10 @@ def _own_code(config: Config) -> dict[str, str]:
         values = repr((made.args, made.keywords)) if isinstance(made, functools.partial) else ""
         code = inspect.unwrap(getattr(made, "func", made))
         code = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
-        members = vars(code).values() if inspect.isclass(code) else [code]  # a notebook's class has no file
+        parts = [code, *map(type, made().modules())] if field == "model" else [code]
+        classes = [one for part in parts if inspect.isclass(part) for one in part.__mro__]
+        classes = dict.fromkeys(one for one in classes if one.__module__ == code.__module__)
+        members = [code, *itertools.chain(*(vars(one).values() for one in classes))]
         functions = filter(inspect.isfunction, (getattr(member, "__func__", member) for member in members))
         source = "".join(map(inspect.getsource, functions)) + values
         hashes[field] = hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
@@ -1284,11 +1292,12 @@ def read_run(folder: AnyPath) -> Run:
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no run (no config.json). Give the folder that run() made.")
+    config = Config.load(folder / "config.json")
     try:
         history, timing = _read_table(folder / "metrics.csv"), _read_table(folder / "timing.csv")
         results = json.loads(file.read_text()) if (file := folder / "results.json").exists() else {}
         seconds = [row["seconds"] for row in timing]
-        return Run(Config.load(folder / "config.json"), folder, history, seconds, results)
+        return Run(config, folder, history, seconds, results)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{folder}: a file of this run is damaged ({error}). Delete the folder.") from error
 
@@ -1302,11 +1311,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
         shares = torch.distributed.nn.functional.all_gather(x.contiguous())
         return super().forward(torch.cat(shares)).chunk(len(shares))[dist.get_rank()].clone()
 
-def _begin(config: Config) -> nn.Module:
+def _begin(config: Config, folder: Path) -> nn.Module:
     """The network as it begins. Raises ValueError where it does not do what the networks of MODELS do."""
     torch.manual_seed(config.seed)
     model, (_, processes) = MODELS[config.model]().to(DEVICE, memory_format=torch.channels_last), _processes()
-    if config.start:
+    if config.start and not (folder / "checkpoint.pt").exists():
         start = load_model(config.start)
         if start.name != config.model:
             raise ValueError(f"start is {config.start!r}, a {start.name}, and model is {config.model!r}.")
@@ -1346,6 +1355,7 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
             return kept + (new - kept) * (1 - min(config.average, (state["step"] + 1) / (state["step"] + 10)))
 
         state["average"] = torch.optim.swa_utils.AveragedModel(model, avg_fn=towards, use_buffers=True)
+    kept = state["average"].module if config.average else model  # whose weights are measured and saved
     checkpoint = folder / "checkpoint.pt"
     for name, saved in (_load_state(checkpoint) if checkpoint.exists() else {}).items():
         if hasattr(state[name], "load_state_dict"):
@@ -1366,9 +1376,9 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
         model.train()
         for whole, batch in zip(batches, bar, strict=True):
             if epoch == 0 and process == 0 and state["step"] in FIRST_STEPS:
-                _save_images(folder, state, ds, parts, config, watch)
+                _save_images(folder, state, kept, ds, parts, config, watch)
                 model.train()
-            torch.manual_seed((config.seed * 2**32 + state["step"]) * 64 + process)
+            torch.manual_seed(((config.seed * 2**32 + state["step"]) * 64 + process) % 2**64)
             batch = functools.reduce(lambda batch, change: change(batch), augment, to_float(batch, DEVICE))
             with autocast(config.precision):
                 outputs = model(batch["bg"], batch["fg_bg"])
@@ -1395,29 +1405,30 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
             if due and state["step"] % steps:
                 _save(folder, state)
                 saved_at = time.monotonic()
-        _end_epoch(config, ds, parts, folder, state, time.monotonic() - started, quiet, watch)
+        _end_epoch(config, ds, parts, folder, state, kept, time.monotonic() - started, quiet, watch)
     if state["step"] == steps * epochs:
-        _kept(state).load_state_dict(state["best"])
+        kept.load_state_dict(state["best"])
         tests = {part: indices for part, indices in parts.items() if part != "train"}
-        results = score(_kept(state), ds, tests, config.precision)
+        results = score(kept, ds, tests, config.precision)
         if process == 0:
             _write(folder / "results.json", json.dumps(results, indent=1))
     _mean_over_processes([torch.zeros(1, device=DEVICE)])  # then all find what the first has written
 
 def _refuse_not_finite(config: Config, state: dict, samples: Iterable[str]) -> None:
-    if not state["loss_sum"].isfinite():
-        terms = ", ".join(f"{task} {term.item():.3g}" for task, term in state["loss"].terms.items())
-        where = f"{config.name}: in step {state['step']} the loss is not finite ({terms}), of"
-        some = ", ".join(itertools.islice(samples, 8))
-        raise ValueError(f"{where} {some}. Try a smaller lr, under another name.")
+    if state["loss_sum"].isfinite():
+        return
+    terms = ", ".join(f"{task} {term.item():.3g}" for task, term in state["loss"].terms.items())
+    # On a GPU it is looked at now and then: it may have been an earlier step, of other samples.
+    at, of = ("by", "") if GPU else ("in", f" ({terms}), of {', '.join(itertools.islice(samples, 8))}")
+    found = f"{at} step {state['step']} the loss is not finite{of}"
+    raise ValueError(f"{config.name}: {found}. Try a smaller lr, under another name.")
 
-def _end_epoch(config, ds, parts, folder, state, seconds, quiet, watch) -> None:
+def _end_epoch(config, ds, parts, folder, state, kept, seconds, quiet, watch) -> None:
     """Measures and writes what the epoch has brought, the checkpoint last: a kill before it repeats all."""
-    measured = _kept(state)
     # Learned weights change from epoch to epoch; epochs are compared by weights that do not.
     learned = config.depth_weight == "learned"
     loss = task_loss(config.mask_loss, config.depth_loss, 1.0 if learned else config.depth_weight)
-    values = evaluate(measured, ds, parts["valid"], loss, config.precision)
+    values = evaluate(kept, ds, parts["valid"], loss, config.precision)
     row = {"epoch": len(state["history"]) + 1, "lr": state["lr"], "train_loss": state["loss_sum"].item()}
     row |= pd.DataFrame(values).astype(float).mean().add_prefix("valid_").to_dict()
     if learned:
@@ -1425,16 +1436,18 @@ def _end_epoch(config, ds, parts, folder, state, seconds, quiet, watch) -> None:
     state["history"].append(row)
     state["loss_sum"] = torch.tensor(np.mean(values["loss"]), device=DEVICE)  # NaN if one of them is
     _mean_over_processes([state["loss_sum"]])
-    _refuse_not_finite(config, state, ["the validation samples"])
+    if not state["loss_sum"].isfinite():
+        found = f"in epoch {row['epoch']} the loss of the validation samples is not finite"
+        raise ValueError(f"{config.name}: {found}. Try a smaller lr, under another name.")
     if config.schedule == "plateau":
         state["schedule"].step(state["loss_sum"].item())
     state["loss_sum"] = torch.zeros((), device=DEVICE)
     if row["valid_loss"] <= min(before["valid_loss"] for before in state["history"]):
-        state["best"] = {name: tensor.cpu().clone() for name, tensor in measured.state_dict().items()}
+        state["best"] = {name: tensor.cpu().clone() for name, tensor in kept.state_dict().items()}
     if _processes()[0] == 0:
         timing = _read_table(folder / "timing.csv")[: row["epoch"] - 1]
         _write(folder / "timing.csv", [*timing, {"epoch": row["epoch"], "seconds": seconds}])
-        _save_images(folder, state, ds, parts, config, watch)
+        _save_images(folder, state, kept, ds, parts, config, watch)
         _write(folder / "metrics.csv", state["history"])
         _write(folder / "best.pt", state["best"])
     _save(folder, state)
@@ -1442,10 +1455,6 @@ def _end_epoch(config, ds, parts, folder, state, seconds, quiet, watch) -> None:
         shown = ("train_loss", "valid_loss", "valid_iou", "valid_rmse")
         found = "  ".join(f"{name} {row[name]:.3f}" for name in shown if name in row)
         print(f"{config.name}  epoch {row['epoch']}  {found}  ({seconds:.0f} s)")
-
-def _kept(state: dict) -> nn.Module:
-    """The network whose weights are kept: where they are averaged, the average."""
-    return state["average"].module if "average" in state else state["model"]
 
 def _save(folder: Path, state: dict) -> None:
     if _processes()[0] == 0:
@@ -1507,15 +1516,19 @@ def _copy_for_ever(local: Path, drive: SimpleNamespace) -> None:
         drive.trouble = _copy_newer(local, drive.folder, drive, drive.there)
         time.sleep(LOOK_AGAIN)
 
-def _copy_newer(source: Path, target: Path, drive: SimpleNamespace, done: dict, name: AnyPath = "") -> str:
+def _copy_newer(source: Path, target: Path, drive: SimpleNamespace, done: dict, name: AnyPath = "",
+                until: float = np.inf) -> str:
     """Copies what is newer in one folder to the other, and says what went wrong. Of a run the oldest comes
-    first, and what is newer waits for it: a checkpoint must not arrive before its pictures."""
+    first, and what is newer waits for it: a checkpoint must not arrive before its pictures. Nothing is begun
+    after `until`, by the monotonic clock."""
     trouble = ""
     for entry in [source / name] if name else source.glob("*"):
         try:
             os.stat(drive.folder.parent)
             for changed, file in _files(entry):
                 os.stat(drive.folder.parent)  # where Drive is not mounted, its folders must not be made
+                if time.monotonic() > until:
+                    raise TimeoutError("it hung")
                 copy = target / file.relative_to(source)
                 if _changed(file) == changed > _changed(copy) + 10**7:  # Drive counts milliseconds
                     _copy(file, copy)
@@ -1546,7 +1559,8 @@ def fetch(name: AnyPath) -> Path:
     """The place of a file or folder in the workspace, after what is newer on Drive was brought there."""
     local, brought = workspace(), []
     if drive := _drive(local):
-        bring = functools.partial(_copy_newer, drive.folder, local, drive, {}, name)
+        until = time.monotonic() + PATIENCE
+        bring = functools.partial(_copy_newer, drive.folder, local, drive, {}, name, until)
         thread = threading.Thread(target=lambda: brought.append(bring()), daemon=True)
         thread.start()
         thread.join(PATIENCE)
@@ -1580,19 +1594,15 @@ def load_model(weights: AnyPath = "") -> nn.Module:
     path = _found(weights or WEIGHTS, "Give the folder of a run, or a file of weights.")
     path = _found(path / "best.pt", "The run has finished no epoch yet.") if path.is_dir() else path
     state, beside = _load_state(path), path.parent / "config.json"
-    config = Config.load(beside) if beside.exists() else None
-    shapes = {name: getattr(value, "shape", None) for name, value in state.items()}
-    for name in [config.model] if config else MODELS:
-        with torch.device("meta"):  # shapes without numbers
-            model = MODELS[name]()
-        if {key: value.shape for key, value in model.state_dict().items()} == shapes:
-            model = model.to_empty(device=DEVICE).to(memory_format=torch.channels_last)
+    alone = (Config("any", size=192, model=name) for name in MODELS)  # a file without a run around it
+    known = [Config.load(beside)] if beside.exists() else [*alone]
+    for config in known:
+        model = MODELS[config.model]().to(DEVICE, memory_format=torch.channels_last)
+        with contextlib.suppress(AttributeError, RuntimeError):  # of another network
             model.load_state_dict(state)
-            model.name, model.size = name, config.size if config else 192
-            model.tasks = config.tasks if config else KINDS[2:]
+            model.name, model.size, model.tasks = config.model, config.size, config.tasks
             return model.eval()
-    what = f"{config.model}, as {beside} says" if config else f"a known network: {', '.join(MODELS)}"
-    raise ValueError(f"{path} holds no weights of {what}.")
+    raise ValueError(f"{path} holds no weights of {' or '.join(config.model for config in known)}.")
 
 @torch.no_grad()
 def predict(model: nn.Module, bg: Tensor, fg_bg: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -1650,7 +1660,7 @@ def _motions(grey: list[np.ndarray]) -> Iterator[np.ndarray]:
     yield np.eye(3)
     orb, even = cv2.ORB_create(1000, fastThreshold=8), cv2.createCLAHE(2)
     (points, words), (others, more) = (orb.detectAndCompute(even.apply(of), None) for of in grey)
-    if min(len(points), len(others)) > 20:
+    with contextlib.suppress(cv2.error, IndexError):  # too few are alike
         pairs = cv2.BFMatcher(cv2.NORM_HAMMING, crossCheck=True).match(words, more)
         ends = np.float32([[points[pair.queryIdx].pt, others[pair.trainIdx].pt] for pair in pairs])
         motion, good = cv2.findHomography(ends[:, 0], ends[:, 1], cv2.RANSAC, 2.0)
@@ -1687,13 +1697,14 @@ def predict_images(weights: AnyPath | nn.Module, bg: AnyPath, image: AnyPath, fo
     object and the far end, in the folder, by default the image's; over what is there only with `overwrite`.
     Photos from a hand are first brought into line, unless told not to `align`. Raises FileNotFoundError,
     FileExistsError, OSError for the folder, ValueError for no picture, no weights, and unlike shapes."""
-    model, image = weights if isinstance(weights, nn.Module) else load_model(weights), Path(image)
+    model = weights if isinstance(weights, nn.Module) else load_model(weights)
+    image = _found(image, "Give the path of a photo.")
     background, photo = open_photo(bg), open_photo(image)
     (bg_height, bg_width), (height, width) = background.shape[:2], photo.shape[:2]
     if abs(np.log(bg_width * height / (bg_height * width))) > (0.2 if align else 0.02):
         shapes = f"{bg} has {bg_width} x {bg_height} pixels and {image} {width} x {height}"
         raise ValueError(f"{shapes}: not the same view. Take both photos from one place, and cut them alike.")
-    place, tasks = Path(folder or image.parent), getattr(model, "tasks", KINDS[2:])
+    place, tasks = Path(folder or image.parent).expanduser(), getattr(model, "tasks", KINDS[2:])
     files = {task: place / f"{image.stem}_{task}.png" for task in tasks}
     if there := [str(file) for file in files.values() if file.exists() and not overwrite]:
         raise FileExistsError(f"{', '.join(there)}: there already. Give another folder, or overwrite=True.")
@@ -1827,14 +1838,14 @@ def results_table(results: dict[str, Results | list[Results]],
     weight = pd.DataFrame(np.where(pd.DataFrame(bold), "font-weight: bold", ""), table.index, table.columns)
     return table.style.apply(lambda _: weight, axis=None).set_uuid("")
 
-def _save_images(folder: Path, state: dict, ds: ZipDataset, parts: dict, config: Config, watch) -> None:
+def _save_images(folder: Path, state: dict, kept: nn.Module, ds: ZipDataset, parts, config, watch) -> None:
     """Saves a sheet of pictures, 8 bit as they are: a row for each of four training samples and four of the
     last part, which has least in common with them; in it bg, fg_bg, and of each task truth and prediction."""
     rows, last = [], [part for part, indices in parts.items() if len(indices)][-1]
     kinds = ["bg", "fg_bg", *(f"{task}{of}" for task in config.tasks for of in ("", "_predicted"))]
     for indices in (parts["train"], parts[last]):
         shown = indices[np.linspace(0, len(indices) - 1, 4).astype(int)]
-        for sample in _predictions(_kept(state), ds, shown, config.precision):
+        for sample in _predictions(kept, ds, shown, config.precision):
             rows.append(torch.cat([sample[kind].expand(3, -1, -1) for kind in kinds], 2))
     sheet = torch.cat(rows, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
     name = f"epoch_{len(state['history']):03}" + ("" if state["history"] else f"_step_{state['step']:03}")

@@ -369,7 +369,7 @@ def test_a_loss_that_is_no_number_names_samples_and_leaves_the_checkpoint(config
     assert contents(place / "first") == before
     monkeypatch.setitem(DEPTH_LOSSES, "blind", lambda d, g: d.mean() / float(d.requires_grad or "nan"))
     blind = changed(config, name="blind", depth_loss="blind")
-    refused("the loss is not finite .*the validation samples", blind)
+    refused("in epoch 1 the loss of the validation samples is not finite", blind)
 
 
 def test_what_does_not_fit_is_refused_and_the_name_stays_free(config, write_zip, tmp_path):
@@ -405,7 +405,7 @@ def test_reading_what_is_no_run_or_damaged_says_so(config, place, tmp_path):
     for name, text in damages.items():
         shutil.copytree(folder, tmp_path / name)
         (tmp_path / name / name).write_text(text)
-        with pytest.raises(ValueError, match=f"{name}: a file of this run is damaged .* Delete") as caught:
+        with pytest.raises(ValueError, match=f"{name}(: .* damaged .* Delete| holds no Config)") as caught:
             read_run(tmp_path / name)
         assert "\n" not in str(caught.value)
     run(half := changed(config, name="half"), stop_after=1)
