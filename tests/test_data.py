@@ -76,9 +76,6 @@ def decoded(monkeypatch):
     return pictures
 
 
-# Samples
-
-
 def test_shapes_types_and_ranges(sample):
     ds = ZipDataset(sample, size=40)
     for i in (0, len(ds) // 2, -1):
@@ -129,9 +126,6 @@ def test_a_zip_that_lacks_both_is_refused(write_zip, tmp_path):
         ZipDataset(tmp_path / "a.zip")
 
 
-# Pixels
-
-
 @pytest.mark.parametrize("extension", [".png", ".jpg", ".webp", ".bmp"])
 @pytest.mark.parametrize("size, most", [(16, 0), (24, 0), (48, 0), (17, 1), (50, 1)])
 def test_pictures_are_those_that_pillow_decodes_and_resizes(write_zip, tmp_path, extension, size, most):
@@ -169,9 +163,6 @@ def test_jpegs_of_every_make_and_shape(write_zip, tmp_path, kind, options):
     expected = by_pillow(Image.open(io.BytesIO(raw)), kind, 40)
     found = ZipDataset(tmp_path / "a.zip", 40).batch([0])[kind][0].permute(1, 2, 0).numpy()
     assert np.ptp(expected) > 50 and np.abs(found - expected.astype(int)).max() <= 1
-
-
-# Pictures on the disk
 
 
 def test_each_picture_is_decoded_once_and_found_by_the_next_set_of_the_same_content(made, tmp_path, decoded):
@@ -254,6 +245,8 @@ def test_processes_that_open_a_set_at_once_share_its_pictures(made, tmp_path):
     def read():
         assert_same_samples(ZipDataset(tmp_path / "a.zip", 24), made)
 
+    whole = ZipDataset(tmp_path / "a.zip", 24)  # opened before they start, as for the workers of a loader
+    assert in_processes(4, lambda: [helpers._read(file) for file in 50 * whole._places]) == [0] * 4
     assert in_processes(4, read) == [0] * 4
 
 

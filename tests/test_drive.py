@@ -221,11 +221,11 @@ def test_nothing_newer_is_overwritten_by_something_older(local, there):
             os.utime(folder / name, (at, at))
     assert "Not there" not in drive_report(60)
     assert files(there) == {"a.json": b"of mask-and-depth", "b.json": b"of machine"}
+    drive = types.SimpleNamespace(folder=there)
+    assert "hung" in helpers._copy_newer(there, local, drive, {}, "a.json", until=time.monotonic() - 1)
+    assert (local / "a.json").read_text() == "of machine"  # what comes late might be another run's
     assert fetch("a.json").read_text() == "of mask-and-depth"
     assert fetch("b.json").read_text() == "of machine"
-
-
-# Other processes
 
 
 def another_process(config, folder, drive, what):

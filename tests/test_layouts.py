@@ -39,9 +39,6 @@ def three_zips_of_any_files(path):
     return repacked(path, lambda name: (f"part_{zlib.crc32(name.encode()) % 3}", name))
 
 
-# Names
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", [
     {"prefix": "mask/bg/tiny data/", "compression": zipfile.ZIP_DEFLATED},
@@ -118,9 +115,6 @@ def test_samples_of_published_sets_differ_from_their_background_at_the_object(sh
         assert change[inside].mean() > 4 * change[~inside].mean()
 
 
-# Ids
-
-
 PAIRS = ((0, 84), (0, 45), (0, 22), (1, 87), (1, 63), (2, 0))  # of backgrounds and objects
 SETS = {
     "full": (50, [*itertools.product(range(2), range(100), (0,))]),
@@ -174,9 +168,6 @@ def test_samples_counted_on_need_backgrounds_from_one_and_as_many_on_each(write_
         ZipDataset(tmp_path / "a.zip")
 
 
-# Folders and several zips
-
-
 @pytest.mark.parametrize("form", [as_a_folder, a_zip_for_each_kind, three_zips_of_any_files])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_folder_is_as_good_as_the_zip(write_zip, tmp_path, layout, form):
@@ -188,11 +179,12 @@ def test_a_folder_is_as_good_as_the_zip(write_zip, tmp_path, layout, form):
         assert split(ds)[part].tolist() == indices.tolist()
 
 
-def test_a_table_may_lie_beside_zips(write_zip, tmp_path):
+def test_a_table_and_pictures_may_lie_beside_zips(write_zip, tmp_path):
     made = write_zip(tmp_path / "a.zip", "roshantac")
     folder = a_zip_for_each_kind(tmp_path / "a.zip")
-    zipfile.ZipFile(folder / "label_data.csv.zip").extractall(folder)
-    (folder / "label_data.csv.zip").unlink()
+    for name in ("label_data.csv", "bg"):
+        zipfile.ZipFile(folder / f"{name}.zip").extractall(folder / ("" if "." in name else name))
+        (folder / f"{name}.zip").unlink()
     assert_same_samples(ZipDataset(folder, 24), made)
 
 
@@ -204,9 +196,6 @@ def test_of_pictures_and_a_zip_in_a_folder_the_pictures_are_taken_with_a_word(wr
     (folder / "bg_fg_mask/bg001_fg001_01_mask.png").write_bytes(encoded(made[0]["mask"]))
     with pytest.warns(UserWarning, match=r"its pictures are read, and old\.zip beside them is not"):
         assert_same_samples(ZipDataset(folder, 24), made)
-
-
-# Splits
 
 
 class Listing:

@@ -42,9 +42,13 @@ class Tiny(nn.Module):
 class Turned(Tiny):
     """Of the same shapes, but where the one sees near, the other sees far."""
 
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("far", torch.ones(()), persistent=False)  # is in no file of weights
+
     def forward(self, bg, fg_bg):
         mask_logits, depth = super().forward(bg, fg_bg)
-        return -mask_logits, 1 - depth
+        return -mask_logits, self.far - depth
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +139,7 @@ REFUSED = [
     ({"average": 1.0}, "average is 1.0"),
     ({"lr": float("nan")}, "lr is nan"),
     ({"lr": "fast"}, "lr is 'fast'"),
+    ({"epochs": 2.5}, "epochs is 2.5; it must be a whole number"),
 ]
 
 
@@ -208,13 +213,20 @@ def test_best_weights_are_those_of_the_least_validation_loss_and_give_table_and_
     assert plain.history[0]["valid_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_run_gives_back_its_own_network_and_begins_with_the_weights_of_another(config):
+def test_a_run_gives_back_its_own_network_and_begins_with_the_weights_of_another(config, tmp_path):
     first, other = run(config), run(changed(config, name="other", model="turned"))
     assert type(first.model()) is Tiny and type(other.model()) is Turned  # though all shapes are the same
+    (plain := Tiny().eval()).load_state_dict(other.model().state_dict())
+    pictures = torch.rand(2, 2, 3, 16, 16)
+    torch.testing.assert_close(other.model()(*pictures)[1], 1 - plain(*pictures)[1])
     started = run(changed(config, name="started", start=first.folder, lr=1e-12, weight_decay=0.0, epochs=1))
     torch.testing.assert_close(*(list(one.model().parameters()) for one in (first, started)))
     wrong = changed(config, name="wrong", model="turned", start=first.folder / "best.pt")
     refused(r"start is '.*best\.pt', a tiny, and model is 'turned'", wrong)
+    shutil.copy(first.folder / "best.pt", weights := tmp_path / "a.pt")
+    run(cut := changed(config, name="cut", start=weights, seed=2**60), stop_after=1)
+    weights.unlink()  # goes on without them
+    assert run(cut).results
 
 
 @pytest.mark.parametrize("task, other", [("mask", "depth"), ("depth", "mask")])
@@ -293,6 +305,10 @@ SOURCES = {
     "partial of ours": ("mask_loss", "mine = partial(helpers.MASK_LOSSES['tversky'], a={})"),
     "callable": ("mask_loss", "class M:\n  def __call__(self, z, t):\n    return z.mean() * {}\nmine = M()"),
     "class": ("model", "class mine(Tiny):\n  def forward(self, *p):\n    return super().forward(*p)  # {}"),
+    "base": ("model", "class N(Tiny):\n  def forward(self, *p):\n    return super().forward(*p)  # {}\n"
+             "class mine(N):\n  pass"),
+    "block": ("model", "class Block(helpers.nn.Identity):\n  def more(self):\n    return {}\n"
+              "class mine(Tiny):\n  def __init__(self):\n    super().__init__()\n    self.block = Block()"),
     "partial of a class": ("model", "class N(Tiny):\n    def __init__(self, n):\n        super().__init__()\n"
                            "mine = partial(N, {})"),
     "factory": ("model", "def mine():\n    return Tiny()  # {}"),
