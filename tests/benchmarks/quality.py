@@ -5,9 +5,10 @@ Each network is trained from each seed on each zip, with one recipe, in as many 
 Numbers are means over the zips, ± the standard deviation over the seeds, on new backgrounds with new objects;
 the last columns are IoUs where `bg` is moved, its light changed, both saved as JPEG, and all three. With
 --parts the rows are the first network with parts of the recipe changed, on validation samples of new scenes.
-With --weights FILE nothing is trained: they are measured on 100 samples a zip, beside two ways that need
-no network, the opened difference with the mean depth map and with a vertical ramp. A ZIP may then also be a
-folder of pairs by real cameras: NAME_bg.jpg, NAME_fg.jpg, and NAME_mask.png, in which 128 is not counted.
+With --weights FILE nothing is trained: what `predict` makes of them is measured on 100 samples a zip, beside
+ways that need no network, the opened difference with the mean depth map of each zip and with a vertical ramp,
+all at 192 pixels. A ZIP may then also be a folder of pairs by real cameras: NAME_bg.jpg, NAME_fg.jpg, and
+NAME_mask.png, in which 128 is not counted.
 """
 
 import argparse
@@ -121,20 +122,33 @@ def measure_aligned(depth, depth_true):
     return aligned | {"rank": correlation(ranks(d), ranks(g)).float()}
 
 
-def weights_row(label, model, ds, hands, indices):
+@torch.no_grad()
+def alone(model, bg, fg_bg):
+    """What `predict` gives, without the outlines and the view at 64 pixels."""
+    mask_logits, depth = model(bg / 255, fg_bg / 255)
+    return (mask_logits > 0).float(), depth
+
+
+def weights_row(label, model, ds, hands, indices, answers=helpers.predict):
     """IoU, RMSE, delta1; RMSE, delta1 and rank after alignment; the share of samples in which the object is
-    nearer than what the network sees there without it; IoUs of what was taken by hand."""
-    values, depths = evaluate(model, ds, indices), []
+    nearer than what is seen there without it; IoUs of what was taken by hand."""
+    found = []
     for part in np.array_split(indices, max(1, len(indices) // 32)):
-        batch = helpers.to_float(ds.batch(part))
-        with torch.no_grad():
-            after, before = (model(batch["bg"], batch[of])[1] for of in ("fg_bg", "bg"))
-        nearer = ((before - after) * batch["mask"]).sum((1, 2, 3)) > 0
-        depths.append(measure_aligned(after, batch["depth"]) | {"nearer": nearer.float()})
-    found = [values[name].mean() for name in ("iou", "rmse", "delta1")]
-    found += [torch.cat([of[name] for of in depths]).mean() for name in depths[0]]
-    found += [evaluate(model, hand, indices)["iou"].mean() for hand in hands]
-    print("|", " | ".join([label, *(f"{of:.3f}" for of in found)]), "|")
+        batch = ds.batch(part)
+        truth, depth_true = batch["mask"].bool(), batch["depth"] / 255
+        mask, after = answers(model, batch["bg"], batch["fg_bg"])
+        before = answers(model, batch["bg"], batch["bg"])[1]
+        measured = helpers.measure(mask - 0.5, after, truth, depth_true)
+        values = {name: measured[name] for name in ("iou", "rmse", "delta1")}
+        values |= measure_aligned(after, depth_true)
+        values["nearer"] = (((before - after) * truth).sum((1, 2, 3)) > 0).float()
+        for hand in hands:
+            shot = hand.batch(part)
+            mask = answers(model, shot["bg"], shot["fg_bg"])[0]
+            values[hand.how] = helpers.measure(mask - 0.5, after, truth, None)["iou"]
+        found.append(values)
+    means = (torch.cat([of[name] for of in found]).mean() for name in found[0])
+    print("|", " | ".join([label, *(f"{of:.3f}" for of in means)]), "|")
 
 
 def captured(folder, model):
@@ -156,19 +170,18 @@ def measure_weights(weights, paths, most=100):
     """The table of --weights."""
     head = ["", "IoU", "RMSE", "δ < 1.25", "aligned RMSE", "aligned δ", "rank", "nearer", *HANDS]
     print(f"{helpers.environment()}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    model, found = load_model(weights), {}
-    for path in (path for path in paths if not Path(path).is_dir()):
-        ds, name = ZipDataset(path, model.size), Path(path).stem
+    model, zips = load_model(weights), [path for path in paths if not Path(path).is_dir()]
+    sets = {Path(path).stem: ZipDataset(path, model.size) for path in zips}
+    found = {name: baselines(ds, parts_of(Config("any"), ds)["train"]) for name, ds in sets.items()}
+    for name, ds in sets.items():
         some = np.random.default_rng(0).permutation(len(ds))[:most]
         hands = [Aligned(ds, how) for how in HANDS]
-        found[name] = baselines(ds, parts_of(Config("any"), ds)["train"])
         ramp = torch.linspace(1, 0, ds.size).view(1, 1, -1, 1).expand(1, 1, -1, ds.size)
-        ways = {
-            "difference, mean depth": found[name],
-            "difference, ramp": Baseline(found[name].threshold, ramp),
-        }
+        depths = {f"mean depth of {other}": of.mean_depth for other, of in found.items()} | {"ramp": ramp}
+        ways = {f"difference, {of}": Baseline(found[name].threshold, depth) for of, depth in depths.items()}
         for label, way in (ways | {"network": model}).items():
             weights_row(f"{name}: {label}", way, ds, hands, some)
+        weights_row(f"{name}: network alone", model, ds, hands, some, alone)
     print("\n| pairs by real cameras | IoU as they are | brought into line |\n|---|---|---|")
     ways = {f"difference, threshold of {name}": of for name, of in found.items()} | {"network": model}
     for folder in (path for path in paths if Path(path).is_dir()):
