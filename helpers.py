@@ -1632,7 +1632,7 @@ def _follow_outlines(mask: Tensor, bg: Tensor, fg_bg: Tensor) -> Tensor:
     """A soft mask as 0 and 1. In each window of about 9 pixels of 192 it becomes that function, linear in the
     colours of fg_bg and their change, which comes closest to it. He and Sun, Fast Guided Filter, 2015."""
     change = (fg_bg - resize(bg, fg_bg.shape[2:], antialias=True)).abs().amax(1, keepdim=True)
-    every = max(1, round(max(mask.shape[2:]) / 256))  # of so many pixels one is looked at
+    every = max(1, round(max(mask.shape[2:]) / 192))  # of so many pixels one is looked at
     window = [2 * every * round(side / 48 / every) + 1 for side in mask.shape[2:]]
     return (guided_blur(torch.cat([fg_bg, change], 1), mask, window, 1e-4, subsample=every) > 0.5).float()
 
