@@ -1608,10 +1608,10 @@ def load_model(weights: AnyPath = "") -> nn.Module:
 @torch.no_grad()
 def predict(model: nn.Module, bg: Tensor, fg_bg: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
     """The mask, 0 or 1, and the depth in [0, 1] of pictures of any size, as large as `fg_bg`: (N, 1, H, W) on
-    DEVICE. `bg` and `fg_bg` are (N, 3, H, W) or (3, H, W), float in [0, 1] or uint8; the network sees them at
-    `size` pixels a side, by default its own. A quarter of the depth is what a network of MODELS sees at 64
-    pixels, where a place is looked over at once (after Miangoleh et al., Boosting Monocular Depth Estimation,
-    2021). The mask gets the pictures' outlines. Raises ValueError for other pictures and sizes."""
+    DEVICE. `bg` and `fg_bg` are (N, 3, H, W) or (3, H, W), one for all of the other's too, float in [0, 1] or
+    uint8; the network sees them at `size` pixels a side, by default its own. A quarter of the depth is what a
+    PairNetwork sees at 64 pixels, where a place is looked over at once (after Miangoleh et al., Boosting
+    Monocular Depth Estimation, 2021). The mask gets the pictures' outlines. Raises ValueError for others."""
     side, pair = size or getattr(model, "size", 192), []
     for pictures in (bg, fg_bg):
         pictures = (pictures[None] if pictures.dim() == 3 else pictures).to(DEVICE)
@@ -1620,6 +1620,7 @@ def predict(model: nn.Module, bg: Tensor, fg_bg: Tensor, size: int | None = None
             values = f"{tuple(pictures.shape)}, from {pictures.min():.3g} to {pictures.max():.3g}"
             raise ValueError(f"Pictures are (N, 3, H, W), uint8 or float in [0, 1]; these are {values}.")
         pair.append(pictures)
+    pair = [pictures.expand(max(map(len, pair)), -1, -1, -1) for pictures in pair]
     sides = [side, 64] if side > 64 and isinstance(model, PairNetwork) else [side]
     views = [[resize(pictures, [side, side], antialias=True) for pictures in pair] for side in sides]
     (mask_logits, depth), *over = [model.to(DEVICE).eval()(*view) for view in views]
@@ -1629,10 +1630,11 @@ def predict(model: nn.Module, bg: Tensor, fg_bg: Tensor, size: int | None = None
     return _follow_outlines(mask, *pair), depth.clamp(0, 1)
 
 def _follow_outlines(mask: Tensor, bg: Tensor, fg_bg: Tensor) -> Tensor:
-    """A soft mask as 0 and 1. In each window of about 9 pixels of 192 it becomes that function, linear in the
+    """A soft mask as 0 and 1. In each window of 7 to 9 pixels of 192 it becomes that function, linear in the
     colours of fg_bg and their change, which comes closest to it. He and Sun, Fast Guided Filter, 2015."""
-    change = (fg_bg - resize(bg, fg_bg.shape[2:], antialias=True)).abs().amax(1, keepdim=True)
-    every = max(1, round(max(mask.shape[2:]) / 192))  # of so many pixels one is looked at
+    change = (fg_bg - resize(bg, fg_bg.shape[2:], antialias=True)).abs_().amax(1, keepdim=True)
+    short, long = sorted(mask.shape[2:])
+    every = max(1, min(round(long / 192), short // 48))  # of so many pixels one is looked at
     window = [2 * every * round(side / 48 / every) + 1 for side in mask.shape[2:]]
     return (guided_blur(torch.cat([fg_bg, change], 1), mask, window, 1e-4, subsample=every) > 0.5).float()
 

@@ -49,13 +49,13 @@ def tensor(grey):
     return torch.from_numpy(grey).float().expand(1, 3, -1, -1)
 
 
-@pytest.mark.parametrize("height, width", [(192, 192), (31, 77), (190, 33), (300, 250), (200, 640)])
+@pytest.mark.parametrize("height, width", [(192, 192), (31, 77), (190, 33), (300, 250), (60, 900)])
 def test_mask_and_depth_of_any_size_are_right(height, width):
     bg, fg_bg, truth = scene(height, width)
     for background in (bg, ramp(height * 2, width * 2)):
-        mask, depth = (one.cpu().numpy() for one in predict(StandIn(), tensor(background), tensor(fg_bg)))
-        assert np.array_equal(mask, truth[None, None])  # outlines too, of what is seen less finely
-        assert depth.shape == mask.shape and np.abs(depth[0, 0] - fg_bg).mean() < 0.015
+        mask, depth = predict(StandIn(), tensor(background), tensor(fg_bg).expand(2, -1, -1, -1))
+        assert np.array_equal(mask.cpu(), [truth[None]] * 2)  # outlines too, of what is seen less finely
+        assert depth.shape == mask.shape and np.abs(depth[1, 0].cpu().numpy() - fg_bg).mean() < 0.015
 
 
 def test_pictures_are_reduced_with_antialiasing():
@@ -348,14 +348,14 @@ def frames(path):
     return [frame for read, frame in iter(video.read, (False, None)) if read]
 
 
-def predict_film(*given, **options):
-    wanted = "mask_and_depth", "pictures_of", "predict_film"
+def predict_folder(*given, **options):
+    wanted = "mask_and_depth", "pictures_of", "predict_folder"
     return defined(NOTEBOOKS["06_predict.ipynb"], *wanted, **vars(helpers))(*given, **options)
 
 
 def test_a_folder_of_photos_gives_what_each_alone_gives_and_a_video(tmp_path):
     bg, photos, disks = scenes(tmp_path)
-    film = predict_film(StandIn(), bg, photos, tmp_path / "out")
+    film = predict_folder(StandIn(), bg, photos, tmp_path / "out")
     names = {f"{n}_{kind}.png" for n in range(5) for kind in ("mask", "depth")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"overlay.mp4"}
     for number, disk in enumerate(disks):
@@ -368,8 +368,8 @@ def test_a_folder_of_photos_gives_what_each_alone_gives_and_a_video(tmp_path):
     for frame, disk in zip(shown, disks, strict=True):
         assert frame[disk].mean(0)[2] > 150 > 100 > frame[disk].mean(0)[0]  # OpenCV's order: blue, green, red
     with pytest.raises(FileExistsError):
-        predict_film(StandIn(), bg, photos, tmp_path / "out")
-    predict_film(StandIn(), bg, photos, tmp_path / "out", overwrite=True)
+        predict_folder(StandIn(), bg, photos, tmp_path / "out")
+    predict_folder(StandIn(), bg, photos, tmp_path / "out", overwrite=True)
 
 
 def test_a_video_gives_a_mask_and_a_depth_for_each_frame(tmp_path):
@@ -378,7 +378,7 @@ def test_a_video_gives_a_mask_and_a_depth_for_each_frame(tmp_path):
     for number in range(5):
         video.write(cv2.imread(str(photos / f"{number}.png")))
     video.release()
-    assert len(frames(predict_film(StandIn(), bg, tmp_path / "film.mp4", tmp_path / "out"))) == 5
+    assert len(frames(predict_folder(StandIn(), bg, tmp_path / "film.mp4", tmp_path / "out"))) == 5
     for number, disk in enumerate(disks, 1):
         mask = np.array(Image.open(tmp_path / "out" / f"frame_{number:06}_mask.png")) > 0
         assert (mask & disk).sum() / (mask | disk).sum() > 0.7
@@ -390,11 +390,11 @@ def test_what_is_no_folder_of_photos_and_no_video_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
     for source in ("notes.mp4", "empty"):
         with pytest.raises(ValueError, match=f"{source} holds no photo and is no video"):
-            predict_film(StandIn(), bg, tmp_path / source, tmp_path / f"out of {source}")
+            predict_folder(StandIn(), bg, tmp_path / source, tmp_path / f"out of {source}")
     (photos / "notes.txt").write_text("notes")
     with pytest.raises(ValueError, match=r"notes\.txt cannot be read as a picture"):
-        predict_film(StandIn(), bg, photos, tmp_path / "out")
+        predict_folder(StandIn(), bg, photos, tmp_path / "out")
     assert not (tmp_path / "out" / "overlay.mp4").exists()  # a film is whole or not there
     (photos / "0.bmp").write_bytes((photos / "0.png").read_bytes())
     with pytest.raises(ValueError, match="differ in the ending of their names alone"):
-        predict_film(StandIn(), bg, photos, tmp_path / "out", overwrite=True)
+        predict_folder(StandIn(), bg, photos, tmp_path / "out", overwrite=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
-from torchvision.transforms.v2.functional import affine, center_crop, jpeg, pad
+from torchvision.transforms.v2.functional import affine, center_crop, jpeg, pad, resize
 
 import helpers
 from helpers import (
@@ -124,9 +124,11 @@ def measure_aligned(depth, depth_true):
 
 @torch.no_grad()
 def alone(model, bg, fg_bg):
-    """What `predict` gives, without the outlines and the view at 64 pixels."""
-    mask_logits, depth = model(bg / 255, fg_bg / 255)
-    return (mask_logits > 0).float(), depth
+    """What `predict` gives of uint8 pictures, without the outlines and the view at 64 pixels."""
+    small = (resize(of.to(helpers.DEVICE) / 255, [model.size] * 2, antialias=True) for of in (bg, fg_bg))
+    mask_logits, depth = model(*small)
+    mask, depth = (resize(of, fg_bg.shape[2:], antialias=True) for of in (mask_logits.sigmoid(), depth))
+    return (mask > 0.5).float(), depth
 
 
 def weights_row(label, model, ds, hands, indices, answers=helpers.predict):
@@ -134,7 +136,7 @@ def weights_row(label, model, ds, hands, indices, answers=helpers.predict):
     nearer than what is seen there without it; IoUs of what was taken by hand."""
     found = []
     for part in np.array_split(indices, max(1, len(indices) // 32)):
-        batch = ds.batch(part)
+        batch = {kind: pictures.to(helpers.DEVICE) for kind, pictures in ds.batch(part).items()}
         truth, depth_true = batch["mask"].bool(), batch["depth"] / 255
         mask, after = answers(model, batch["bg"], batch["fg_bg"])
         before = answers(model, batch["bg"], batch["bg"])[1]
@@ -145,13 +147,13 @@ def weights_row(label, model, ds, hands, indices, answers=helpers.predict):
         for hand in hands:
             shot = hand.batch(part)
             mask = answers(model, shot["bg"], shot["fg_bg"])[0]
-            values[hand.how] = helpers.measure(mask - 0.5, after, truth, None)["iou"]
+            values[hand.how] = helpers.measure(mask - 0.5, mask, truth, None)["iou"]
         found.append(values)
     means = (torch.cat([of[name] for of in found]).mean() for name in found[0])
     print("|", " | ".join([label, *(f"{of:.3f}" for of in means)]), "|")
 
 
-def captured(folder, model):
+def captured(folder, model, answers):
     """The mean IoU of the pairs in a folder, as they are and brought into line."""
     ious = []
     for path in sorted(Path(folder).glob("*_mask.png")):
@@ -159,8 +161,8 @@ def captured(folder, model):
         stem = path.name.removesuffix("_mask.png")
         bg, fg_bg = (helpers.open_photo(path.with_name(f"{stem}_{of}.jpg")) for of in ("bg", "fg"))
         for photo in (bg, align_background(bg, fg_bg)):
-            pair = (torch.from_numpy(of).permute(2, 0, 1) for of in (photo, fg_bg))
-            predicted, counted = helpers.predict(model, *pair)[0][0, 0].numpy() > 0, mask != 128
+            pair = (torch.from_numpy(of).permute(2, 0, 1)[None] for of in (photo, fg_bg))
+            predicted, counted = answers(model, *pair)[0][0, 0].cpu().numpy() > 0, mask != 128
             both, either = predicted & (mask > 128) & counted, (predicted | (mask > 128)) & counted
             ious.append(both.sum() / max(either.sum(), 1))
     return np.reshape(ious, (-1, 2)).mean(0)
@@ -183,10 +185,12 @@ def measure_weights(weights, paths, most=100):
             weights_row(f"{name}: {label}", way, ds, hands, some)
         weights_row(f"{name}: network alone", model, ds, hands, some, alone)
     print("\n| pairs by real cameras | IoU as they are | brought into line |\n|---|---|---|")
-    ways = {f"difference, threshold of {name}": of for name, of in found.items()} | {"network": model}
+    ways = [(f"difference, threshold of {name}", of, helpers.predict) for name, of in found.items()]
+    ways += [("network", model, helpers.predict), ("network alone", model, alone)]
     for folder in (path for path in paths if Path(path).is_dir()):
-        for name, way in ways.items():
-            print("|", " | ".join([name, *(f"{iou:.3f}" for iou in captured(folder, way))]), "|")
+        for name, way, answers in ways:
+            ious = captured(folder, way, answers)
+            print("|", " | ".join([name, *(f"{iou:.3f}" for iou in ious)]), "|")
 
 
 def numbers(model, ds, indices):
