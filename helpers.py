@@ -1611,7 +1611,7 @@ def predict(model: nn.Module, bg: Tensor, fg_bg: Tensor, size: int | None = None
     DEVICE. `bg` and `fg_bg` are (N, 3, H, W) or (3, H, W), one for all of the other's too, float in [0, 1] or
     uint8; the network sees them at `size` pixels a side, by default its own. A quarter of the depth is what a
     PairNetwork sees at 64 pixels, where a place is looked over at once (after Miangoleh et al., Boosting
-    Monocular Depth Estimation, 2021). The mask gets the pictures' outlines. Raises ValueError for others."""
+    Monocular Depth Estimation, 2021). The mask gets fg_bg's outlines. Raises ValueError for other input."""
     side, pair = size or getattr(model, "size", 192), []
     for pictures in (bg, fg_bg):
         pictures = (pictures[None] if pictures.dim() == 3 else pictures).to(DEVICE)
@@ -1624,9 +1624,8 @@ def predict(model: nn.Module, bg: Tensor, fg_bg: Tensor, size: int | None = None
     sides = [side, 64] if side > 64 and isinstance(model, PairNetwork) else [side]
     views = [[resize(pictures, [side, side], antialias=True) for pictures in pair] for side in sides]
     (mask_logits, depth), *over = [model.to(DEVICE).eval()(*view) for view in views]
-    enlarge = functools.partial(F.interpolate, mode="bilinear", antialias=True)
-    depth = 0.75 * depth + 0.25 * enlarge(over[0][1], size=depth.shape[2:]) if over else depth
-    mask, depth = (enlarge(of, size=fg_bg.shape[-2:]) for of in (mask_logits.sigmoid(), depth))
+    depth = 0.75 * depth + 0.25 * resize(over[0][1], [side, side], antialias=True) if over else depth
+    mask, depth = (resize(of, fg_bg.shape[-2:], antialias=True) for of in (mask_logits.sigmoid(), depth))
     return _follow_outlines(mask, *pair), depth.clamp(0, 1)
 
 def _follow_outlines(mask: Tensor, bg: Tensor, fg_bg: Tensor) -> Tensor:

@@ -137,8 +137,7 @@ def test_training_goes_on_while_drive_fails_and_what_is_missing_is_copied_later(
     report = drive_report(0.3)
     assert "Not there (" in report and "first/results.json" in report and str(local) in report
     if failure != "hang":
-        why = os.strerror(failure) if isinstance(failure, int) else os.strerror(errno.ENOENT)
-        assert why in report
+        assert os.strerror(failure if isinstance(failure, int) else errno.ENOENT) in report
     faulty.recover()
     assert "Not there" not in drive_report(60)
     assert files(there) == files(local)

@@ -271,8 +271,7 @@ def test_a_seed_decides_the_split(by):
 def test_unknown_ids_and_a_single_one_count_as_training(kind, ids):
     for seed in range(5):
         parts = split(Listing(*((range(40), [ids]) if kind == "fg" else ([ids], range(40))), 10), seed=seed)
-        empty = {part for part in PARTS if not len(parts[part])}
-        assert empty == {f"test_new_{kind}", "test_new_both"}
+        assert {part for part in PARTS if not len(parts[part])} == {f"test_new_{kind}", "test_new_both"}
 
 
 @pytest.mark.parametrize("count", [1, 100, 101, 1000])

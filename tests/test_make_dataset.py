@@ -139,8 +139,7 @@ def test_depth_is_one_minus_inverse_depth_from_0_to_1(nb):
 
 def test_what_is_under_a_roof_gets_no_sun_and_what_is_beside_gets_all(nb):
     sun = nb.Light(np.array([0, 300.0, 0]), np.zeros(3), np.zeros(3), np.ones(3), sun=True)
-    roof = nb.box([-1, 2, -6], [1, 2.1, -3], grey(nb))
-    backdrop = yard(nb, meshes=[roof], lights=[sun])
+    backdrop = yard(nb, meshes=[nb.box([-1, 2, -6], [1, 2.1, -3], grey(nb))], lights=[sun])
     x, y, z = backdrop.points.T
     floor = backdrop.normals.any(1) & (np.abs(y) < 1e-3) & (z > -20)
     edge = (np.abs(np.abs(x) - 1) < 0.15) | (np.abs(z + 6) < 0.4) | (np.abs(z + 3) < 0.15)
@@ -250,8 +249,7 @@ def test_the_object_takes_the_sun_from_the_ground_behind_it_and_from_nothing_els
     sun = nb.Light(np.array([0, 300.0, 300]), np.array([0.5, 0, 0]), np.zeros(3), np.ones(3), sun=True)
     backdrop = yard(nb, lights=[sun])
     image, mask, _ = put(nb, backdrop, nb.box([-0.5, 0, -4.2], [0.5, 1, -3.8], grey(nb)))
-    before = backdrop.soft + backdrop.direct.sum(0)
-    taken = (1 - image / np.maximum(before, 1e-6)).mean(2)
+    taken = (1 - image / np.maximum(backdrop.light, 1e-6)).mean(2)
     row, column, _ = (value[0] for value in backdrop.scene.camera.project(np.array([[0, 0, -5.1]])))
     far, beside = (-1, 0), (int(row), 4)
     assert mask[int(row), int(column)] or taken[int(row), int(column)] > 0.3

@@ -51,8 +51,7 @@ ORACLES = {"iou": binary_jaccard_index, "dice": binary_f1_score, "pixel_accuracy
 @pytest.mark.parametrize("name", ORACLES)
 def test_mask_metrics_equal_those_of_torchmetrics(batch, name):
     pairs = zip(batch[0].sigmoid(), batch[2].int(), strict=True)
-    expected = torch.stack([ORACLES[name](*pair) for pair in pairs])
-    torch.testing.assert_close(measure(*batch)[name], expected)
+    torch.testing.assert_close(measure(*batch)[name], torch.stack([ORACLES[name](*pair) for pair in pairs]))
 
 
 def test_ssim_equals_that_of_scikit_image(batch):

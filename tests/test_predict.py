@@ -49,7 +49,7 @@ def tensor(grey):
     return torch.from_numpy(grey).float().expand(1, 3, -1, -1)
 
 
-@pytest.mark.parametrize("height, width", [(192, 192), (31, 77), (190, 33), (300, 250), (60, 900)])
+@pytest.mark.parametrize("height,width", [(192, 192), (31, 77), (190, 33), (300, 250), (200, 640), (60, 900)])
 def test_mask_and_depth_of_any_size_are_right(height, width):
     bg, fg_bg, truth = scene(height, width)
     for background in (bg, ramp(height * 2, width * 2)):
@@ -185,6 +185,14 @@ def test_photos_of_any_format_give_the_right_files(tmp_path, monkeypatch, of):
         np.testing.assert_allclose(depth, 255 * scene(192, 192)[1], atol=0.51 if extension == "png" else 8)
 
 
+@pytest.mark.parametrize("orientation, turn", [(2, np.fliplr), (3, lambda p: p[::-1, ::-1]), (6, np.rot90)])
+def test_a_photo_stands_as_its_camera_noted(tmp_path, orientation, turn):
+    (bg, image), exif = write_scene(tmp_path, 90, 60, ".jpg", quality=97), Image.Exif()
+    exif[0x0112] = orientation
+    save(image, turn(scene(90, 60)[1]), exif=exif, quality=97)
+    assert np.array_equal(read(predict_images(StandIn(), bg, image))[0], 255 * scene(90, 60)[2])
+
+
 UNREADABLE = {
     "transparent": lambda path: Image.new("RGBA", (60, 40), (9, 9, 9, 254)).save(path),
     "8 bits": lambda path: Image.fromarray(np.full((40, 60), 300, np.uint16)).save(path),
@@ -264,9 +272,6 @@ def test_the_figure_shows_the_photos_and_the_predictions_and_none_stays_open(tmp
         shown = axis.images[0].get_array()
         np.testing.assert_allclose(shown * (255 if shown.max() <= 1 else 1), picture, atol=0.51)
     assert plt.get_fignums() == before
-
-
-# From a hand, and many at once
 
 
 def place(height=300, width=400):
