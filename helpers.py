@@ -1649,48 +1649,43 @@ def align_background(bg: np.ndarray, fg_bg: np.ndarray) -> np.ndarray:
     """`bg` as it would look from where `fg_bg` was taken and in its light, as large as `fg_bg`; what it does
     not show is taken from `fg_bg`. Both are photos of one place, uint8 (H, W, 3). It moves by what makes the
     photos differ least, and not at all unless that is clearly better."""
-    height, width = fg_bg.shape[:2]
-    bg = cv2.resize(bg, (width, height), interpolation=cv2.INTER_AREA)
-    scale, least = min(1, 480 / max(height, width)), np.inf
+    size = fg_bg.shape[1::-1]
+    bg, scale, ways = cv2.resize(bg, size, interpolation=cv2.INTER_AREA), min(1, 480 / max(size)), []
     small = [cv2.resize(of, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for of in (bg, fg_bg)]
-
-    def moved(photo: np.ndarray, motion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        size, there = photo.shape[1::-1], np.ones_like(photo[..., 0])
-        shown = cv2.warpPerspective(photo, motion, size, borderMode=cv2.BORDER_REPLICATE)
-        return shown, cv2.warpPerspective(there, motion, size)
-
-    for k, motion in enumerate(_motions([cv2.cvtColor(of, cv2.COLOR_RGB2GRAY) for of in small])):
-        shown, inside = moved(small[0], motion)
-        if inside.mean() > 0.5:
-            gain, bias, difference = _fit_light(shown, small[1], inside > 0)
-            if difference < least:
-                least, best = difference if k else difference / 1.15, (motion, gain, bias)
-    (motion, gain, bias), zoom = best, np.diag([scale, scale, 1])
-    bg, inside = moved(bg, np.linalg.inv(zoom) @ motion @ zoom)
-    curve = (np.arange(256)[:, None] * gain + bias).clip(0, 255).round().astype(np.uint8)
-    return np.where(inside[..., None] > 0, cv2.LUT(bg, curve[None]), fg_bg)
+    x, y = (cv2.blur(of, (3, 3)).astype(np.float32) for of in small)
+    for motion in _motions([cv2.cvtColor(of, cv2.COLOR_RGB2GRAY) for of in small]):
+        shown = cv2.warpPerspective(x, motion, x.shape[1::-1], borderValue=[np.nan] * 3)
+        difference, *light = _fit_light(shown[::3, ::3], y[::3, ::3])
+        ways.append((difference if ways else difference / 1.15, len(ways), motion, *light))
+    (_, _, motion, gain, bias), zoom = min(ways), np.diag([scale, scale, 1])
+    bg = cv2.LUT(bg, (np.arange(256)[:, None] * gain + bias).clip(0, 255).round().astype(np.uint8)[None])
+    motion = np.linalg.inv(zoom) @ motion @ zoom
+    return cv2.warpPerspective(bg, motion, size, fg_bg.copy(), borderMode=cv2.BORDER_TRANSPARENT)
 
 def _motions(grey: list[np.ndarray]) -> Iterator[np.ndarray]:
     """How the first of two pictures may have moved, (3, 3) each: not at all; by a homography between ORB
     features (Rublee et al., 2011); by a turn and a shift (ECC: Evangelidis and Psarakis, 2008)."""
     yield np.eye(3)
-    orb, even = cv2.ORB_create(1000, fastThreshold=8), cv2.createCLAHE(2)
-    (points, words), (others, more) = (orb.detectAndCompute(even.apply(of), None) for of in grey)
-    with contextlib.suppress(cv2.error, IndexError):  # too few are alike
+    with contextlib.suppress(cv2.error, IndexError):  # too little is alike
+        orb, even = cv2.ORB_create(1000, fastThreshold=8), cv2.createCLAHE(2)
+        (points, words), (others, more) = (orb.detectAndCompute(even.apply(of), None) for of in grey)
         pairs = cv2.BFMatcher(cv2.NORM_HAMMING, crossCheck=True).match(words, more)
         ends = np.float32([[points[pair.queryIdx].pt, others[pair.trainIdx].pt] for pair in pairs])
         motion, good = cv2.findHomography(ends[:, 0], ends[:, 1], cv2.RANSAC, 2.0)
         if motion is not None and good.sum() > 20:
             yield motion
-    with contextlib.suppress(cv2.error):  # it finds nothing
+    with contextlib.suppress(cv2.error):
         half, start = map(cv2.pyrDown, grey), np.eye(2, 3, dtype=np.float32)
         _, motion = cv2.findTransformECC(*half, start, cv2.MOTION_EUCLIDEAN, (3, 40, 1e-4), None, 5)
         yield np.vstack([motion * [1, 1, 2], [0, 0, 1]])
 
-def _fit_light(bg: np.ndarray, fg_bg: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Gain and bias of each channel, and the mean difference of the 60 % of pixels that then fit best."""
-    x, y = (cv2.blur(of, (3, 3))[::3, ::3][inside[::3, ::3]].astype(np.float32) for of in (bg, fg_bg))
-    good = np.ones(len(x), bool)
+def _fit_light(bg: np.ndarray, fg_bg: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """The mean difference of the 60 % of pixels that fit best, and gain and bias of each channel for these;
+    infinite where `bg` is NaN in most pixels."""
+    there = ~np.isnan(bg[..., 0])
+    x, y, good = bg[there], fg_bg[there], np.ones(there.sum(), bool)
+    if there.mean() < 0.5:
+        return np.inf, x, y
     for _ in range(4):
         mean, spread = x[good].mean(0), x[good].var(0)
         gain = ((x[good] - mean) * y[good]).mean(0) / np.maximum(spread, 1e-6)
@@ -1698,7 +1693,7 @@ def _fit_light(bg: np.ndarray, fg_bg: np.ndarray, inside: np.ndarray) -> tuple[n
         bias = y[good].mean(0) - gain * mean
         differences = np.abs(x * gain + bias - y).max(1)
         good = differences <= np.quantile(differences, 0.6)
-    return gain, bias, float(differences[good].mean())
+    return float(differences[good].mean()), gain, bias
 
 class Prediction(NamedTuple):
     """What `predict_images` gives: its files, None for a task not trained, and a figure."""
