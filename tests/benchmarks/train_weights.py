@@ -137,13 +137,9 @@ def train(model, ds, photos, given):
         pair = {kind: torch.cat([first[kind], extra[kind]]) for kind in ("bg", "fg_bg")}
         pair = jitter_colours(pair)
         pair = shake(pair) if np.random.random() < given.shaken else pair
-        sides = [int(np.random.choice(given.size))] * 2
-        bg, fg_bg = (resize(pair[kind], sides, antialias=True) for kind in ("bg", "fg_bg"))
-        mask = (F.adaptive_avg_pool2d(torch.cat([first["mask"], extra["mask"]]), sides) > 0.5).float()
-        mask_logits, depth = model(bg, fg_bg)
-        true_depth = resize(first["depth"], sides, antialias=True)
-        loss = mask_and_depth(mask_logits[:drawn], depth[:drawn], mask[:drawn], true_depth)
-        loss = loss + (mask_alone(mask_logits[drawn:], mask[drawn:]) if len(mask) > drawn else 0)
+        mask_logits, depth = model(pair["bg"], pair["fg_bg"])
+        loss = mask_and_depth(mask_logits[:drawn], depth[:drawn], first["mask"], first["depth"])
+        loss = loss + (mask_alone(mask_logits[drawn:], extra["mask"]) if len(extra["mask"]) else 0)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -160,7 +156,7 @@ def main():
     parser.add_argument("zip", help="a drawn data set")
     parser.add_argument("--photos", help="a folder of .jpg, for backgrounds and fillings")
     parser.add_argument("--start", default="", help="weights to begin with; by default those in assets/")
-    parser.add_argument("--size", type=int, nargs="+", default=[192], help="of several, each step takes one")
+    parser.add_argument("--size", type=int, default=192)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--composed", type=float, default=0.5, help="the share of a batch that is composed")
@@ -170,8 +166,8 @@ def main():
     given = parser.parse_args()
     torch.manual_seed(given.seed)
     np.random.seed(given.seed)
-    ds = ZipDataset(given.zip, max(given.size))
-    photos = to_float({"bg": read_photos(given.photos, ds.size)}, DEVICE)["bg"]
+    ds = ZipDataset(given.zip, given.size)
+    photos = to_float({"bg": read_photos(given.photos, given.size)}, DEVICE)["bg"]
     started = time.monotonic()
     for step, loss, model in train(load_model(given.start), ds, photos, given):
         state = {name: of.half() if of.is_floating_point() else of for name, of in model.state_dict().items()}
