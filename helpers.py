@@ -1606,12 +1606,14 @@ def load_model(weights: AnyPath = "") -> nn.Module:
     raise ValueError(f"{path} holds no weights of {' or '.join(config.model for config in known)}.")
 
 @torch.no_grad()
-def predict(model: nn.Module, bg: Tensor, fg_bg: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
+def predict(model: nn.Module, bg: Tensor, fg_bg: Tensor, size: int | None = None,
+            refine: bool = True) -> tuple[Tensor, Tensor]:
     """The mask, 0 or 1, and the depth in [0, 1] of pictures of any size, as large as `fg_bg`: (N, 1, H, W) on
     DEVICE. `bg` and `fg_bg` are (N, 3, H, W) or (3, H, W), one for all of the other's too, float in [0, 1] or
-    uint8; the network sees them at `size` pixels a side, by default its own. A quarter of the depth is what a
-    PairNetwork sees at 64 pixels, where a place is looked over at once (after Miangoleh et al., Boosting
-    Monocular Depth Estimation, 2021). The mask gets fg_bg's outlines. Raises ValueError for other input."""
+    uint8; the network sees them at `size` pixels a side, by default its own. To `refine` is to
+    take a quarter of the depth from what a PairNetwork sees at 64 pixels, where a place is looked over as one
+    (after Miangoleh et al., Boosting Monocular Depth Estimation, 2021), and to give the mask the outlines of
+    fg_bg. Raises ValueError for other input."""
     side, pair = size or getattr(model, "size", 192), []
     for pictures in (bg, fg_bg):
         pictures = (pictures[None] if pictures.dim() == 3 else pictures).to(DEVICE)
@@ -1621,12 +1623,12 @@ def predict(model: nn.Module, bg: Tensor, fg_bg: Tensor, size: int | None = None
             raise ValueError(f"Pictures are (N, 3, H, W), uint8 or float in [0, 1]; these are {values}.")
         pair.append(pictures)
     pair = [pictures.expand(max(map(len, pair)), -1, -1, -1) for pictures in pair]
-    sides = [side, 64] if side > 64 and isinstance(model, PairNetwork) else [side]
+    sides = [side, 64] if refine and side > 64 and isinstance(model, PairNetwork) else [side]
     views = [[resize(pictures, [side, side], antialias=True) for pictures in pair] for side in sides]
     (mask_logits, depth), *over = [model.to(DEVICE).eval()(*view) for view in views]
     depth = 0.75 * depth + 0.25 * resize(over[0][1], [side, side], antialias=True) if over else depth
     mask, depth = (resize(of, fg_bg.shape[-2:], antialias=True) for of in (mask_logits.sigmoid(), depth))
-    return _follow_outlines(mask, *pair), depth.clamp(0, 1)
+    return _follow_outlines(mask, *pair) if refine else (mask > 0.5).float(), depth.clamp(0, 1)
 
 def _follow_outlines(mask: Tensor, bg: Tensor, fg_bg: Tensor) -> Tensor:
     """A soft mask as 0 and 1. In each window of 7 to 9 pixels of 192 it becomes that function, linear in the
@@ -1655,8 +1657,9 @@ def align_background(bg: np.ndarray, fg_bg: np.ndarray) -> np.ndarray:
     x, y = (cv2.blur(of, (3, 3)).astype(np.float32) for of in small)
     for motion in _motions([cv2.cvtColor(of, cv2.COLOR_RGB2GRAY) for of in small]):
         shown = cv2.warpPerspective(x, motion, x.shape[1::-1], borderValue=[np.nan] * 3)
-        difference, *light = _fit_light(shown[::3, ::3], y[::3, ::3])
-        ways.append((difference if ways else difference / 1.15, len(ways), motion, *light))
+        if np.isfinite(shown).mean() > 0.5:
+            difference, *light = _fit_light(shown[::3, ::3], y[::3, ::3])
+            ways.append((difference if ways else difference / 1.15, len(ways), motion, *light))
     (_, _, motion, gain, bias), zoom = min(ways), np.diag([scale, scale, 1])
     bg = cv2.LUT(bg, (np.arange(256)[:, None] * gain + bias).clip(0, 255).round().astype(np.uint8)[None])
     motion = np.linalg.inv(zoom) @ motion @ zoom
@@ -1666,26 +1669,23 @@ def _motions(grey: list[np.ndarray]) -> Iterator[np.ndarray]:
     """How the first of two pictures may have moved, (3, 3) each: not at all; by a homography between ORB
     features (Rublee et al., 2011); by a turn and a shift (ECC: Evangelidis and Psarakis, 2008)."""
     yield np.eye(3)
-    with contextlib.suppress(cv2.error, IndexError):  # too little is alike
-        orb, even = cv2.ORB_create(1000, fastThreshold=8), cv2.createCLAHE(2)
-        (points, words), (others, more) = (orb.detectAndCompute(even.apply(of), None) for of in grey)
+    orb, even = cv2.ORB_create(1000, fastThreshold=8), cv2.createCLAHE(2)
+    (points, words), (others, more) = (orb.detectAndCompute(even.apply(of), None) for of in grey)
+    with contextlib.suppress(cv2.error, IndexError):  # too few are alike
         pairs = cv2.BFMatcher(cv2.NORM_HAMMING, crossCheck=True).match(words, more)
         ends = np.float32([[points[pair.queryIdx].pt, others[pair.trainIdx].pt] for pair in pairs])
         motion, good = cv2.findHomography(ends[:, 0], ends[:, 1], cv2.RANSAC, 2.0)
         if motion is not None and good.sum() > 20:
             yield motion
-    with contextlib.suppress(cv2.error):
+    with contextlib.suppress(cv2.error):  # it finds nothing
         half, start = map(cv2.pyrDown, grey), np.eye(2, 3, dtype=np.float32)
         _, motion = cv2.findTransformECC(*half, start, cv2.MOTION_EUCLIDEAN, (3, 40, 1e-4), None, 5)
         yield np.vstack([motion * [1, 1, 2], [0, 0, 1]])
 
 def _fit_light(bg: np.ndarray, fg_bg: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """The mean difference of the 60 % of pixels that fit best, and gain and bias of each channel for these;
-    infinite where `bg` is NaN in most pixels."""
+    """The mean difference of the 60 % of pixels that fit best, their gain and bias; NaN in bg is left out."""
     there = ~np.isnan(bg[..., 0])
     x, y, good = bg[there], fg_bg[there], np.ones(there.sum(), bool)
-    if there.mean() < 0.5:
-        return np.inf, x, y
     for _ in range(4):
         mean, spread = x[good].mean(0), x[good].var(0)
         gain = ((x[good] - mean) * y[good]).mean(0) / np.maximum(spread, 1e-6)

@@ -50,8 +50,7 @@ TEN_BY_TEN = [(b, f, 1) for b in range(1, 11) for f in range(1, 11)]
 def draw(b: int, f: int, n: int, size: int) -> dict[str, np.ndarray]:
     """The uint8 pictures of a sample: noise, a brighter rectangle in it, depth that shrinks by the row."""
     bg = np.random.default_rng(b).integers(0, 180, (size, size, 3), np.uint8)
-    place = np.random.default_rng([f, n])
-    height, width, top, left = place.integers([size // 6, size // 6, 0, 0], size // 2)
+    height, width, top, left = np.random.default_rng([f, n]).integers([size // 6, size // 6, 0, 0], size // 2)
     mask = np.zeros((size, size), np.uint8)
     mask[top : top + height, left : left + width] = 255
     depth = np.repeat(np.linspace(255, 20 + b % 200, size).astype(np.uint8)[:, None], size, 1)

@@ -218,8 +218,7 @@ def test_farther_is_smaller_and_deeper(nb):
     for z in (-3.5, -5.0, -8.0):
         _, mask, depth = put(nb, backdrop, crate(nb).placed((0.2, 0, z), 20))
         near, far = (1 / metres for metres in backdrop.range)
-        metres = 1 / (near - depth[mask].astype(float) * (near - far))
-        assert np.median(metres) == pytest.approx(-z, abs=0.6)
+        assert np.median(1 / (near - depth[mask].astype(float) * (near - far))) == pytest.approx(-z, abs=0.6)
         shares.append(mask.sum())
         depths.append(depth[mask].mean())
     assert shares[0] > shares[1] > shares[2] > 0

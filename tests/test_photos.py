@@ -133,8 +133,7 @@ def test_every_object_is_wholly_inside_and_anywhere(nb, photos, share):
         (_, mask), (_, mirrored) = nb.paste_pair(background, thing, (share,) * 2, np.random.default_rng(seed))
         assert mask.sum() == mirrored.sum() == pytest.approx((alpha > 127.5).sum(), abs=2)
         corners.append(np.array(corner(mask)) - corner(alpha > 127.5))
-    room = SIZE - np.array(alpha.shape)
-    assert (np.min(corners, 0) == 0).all() and (np.max(corners, 0) == room).all()
+    assert (np.min(corners, 0) == 0).all() and (np.max(corners, 0) == SIZE - np.array(alpha.shape)).all()
 
 
 def test_backgrounds_are_cropped_in_the_middle_and_turned_as_the_camera_says(nb, tmp_path):

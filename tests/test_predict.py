@@ -74,13 +74,17 @@ def test_the_size_is_given_or_the_networks_or_192_and_one_that_fits():
 
 
 @pytest.mark.parametrize("size", [32, 64, 192])
-def test_a_quarter_of_the_depth_is_what_a_network_sees_at_64_pixels(monkeypatch, size):
+def test_a_quarter_of_the_depth_is_what_a_network_sees_at_64_pixels_unless_not_refined(monkeypatch, size):
     def both(self, bg, fg_bg):
-        return bg[:, :1], torch.full_like(bg[:, :1], bg.shape[2] / 384).logit()
+        return fg_bg[:, :1] - 0.5, torch.full_like(bg[:, :1], bg.shape[2] / 384).logit()
 
     monkeypatch.setattr(helpers.PairNetwork, "both", both, raising=False)
-    depth, expected = predict(helpers.PairNetwork(), GOOD, GOOD, size)[1], 0.75 * size + 0.25 * min(size, 64)
-    torch.testing.assert_close(384 * depth, torch.full((1, 1, 20, 30), expected))
+    _, fg_bg, _ = map(tensor, scene(20, 30))
+    for refine, expected in ((True, 0.75 * size + 0.25 * min(size, 64)), (False, float(size))):
+        mask, depth = predict(helpers.PairNetwork(), GOOD, fg_bg, size, refine)
+        torch.testing.assert_close(384 * depth, torch.full((1, 1, 20, 30), expected))
+    seen = TF.resize(TF.resize(fg_bg[:, :1], [size, size]).sub(0.5).sigmoid(), [20, 30])
+    assert torch.equal(mask, (seen > 0.5).float()) and 0.1 < mask.mean() < 0.9  # of the network alone
 
 
 def test_bytes_and_single_pictures_give_what_float_batches_give():

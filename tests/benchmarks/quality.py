@@ -12,13 +12,14 @@ NAME_mask.png, in which 128 is not counted.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
-from torchvision.transforms.v2.functional import affine, center_crop, jpeg, pad, resize
+from torchvision.transforms.v2.functional import affine, center_crop, jpeg, pad
 
 import helpers
 from helpers import (
@@ -50,6 +51,7 @@ PARTS = {
     "begun with the weights in assets/": {"start": "assets/difference_unet.pt"},
 }
 SHOTS = ("moved", "relit", "JPEG 30", "all three")
+ALONE = functools.partial(helpers.predict, refine=False)  # the network, without outlines and second size
 
 
 class ByHand:
@@ -122,15 +124,6 @@ def measure_aligned(depth, depth_true):
     return aligned | {"rank": correlation(ranks(d), ranks(g)).float()}
 
 
-@torch.no_grad()
-def alone(model, bg, fg_bg):
-    """What `predict` gives of uint8 pictures, without the outlines and the view at 64 pixels."""
-    small = (resize(of.to(helpers.DEVICE) / 255, [model.size] * 2, antialias=True) for of in (bg, fg_bg))
-    mask_logits, depth = model(*small)
-    mask, depth = (resize(of, fg_bg.shape[2:], antialias=True) for of in (mask_logits.sigmoid(), depth))
-    return (mask > 0.5).float(), depth
-
-
 def weights_row(label, model, ds, hands, indices, answers=helpers.predict):
     """IoU, RMSE, delta1; RMSE, delta1 and rank after alignment; the share of samples in which the object is
     nearer than what is seen there without it; IoUs of what was taken by hand."""
@@ -183,10 +176,10 @@ def measure_weights(weights, paths, most=100):
         ways = {f"difference, {of}": Baseline(found[name].threshold, depth) for of, depth in depths.items()}
         for label, way in (ways | {"network": model}).items():
             weights_row(f"{name}: {label}", way, ds, hands, some)
-        weights_row(f"{name}: network alone", model, ds, hands, some, alone)
+        weights_row(f"{name}: network alone", model, ds, hands, some, ALONE)
     print("\n| pairs by real cameras | IoU as they are | brought into line |\n|---|---|---|")
     ways = [(f"difference, threshold of {name}", of, helpers.predict) for name, of in found.items()]
-    ways += [("network", model, helpers.predict), ("network alone", model, alone)]
+    ways += [("network", model, helpers.predict), ("network alone", model, ALONE)]
     for folder in (path for path in paths if Path(path).is_dir()):
         for name, way, answers in ways:
             ious = captured(folder, way, answers)
