@@ -393,15 +393,15 @@ class ZipDataset(torch.utils.data.Dataset):
             name, what = next(iter(self.left_out.items()))
             raise ValueError(f"{path}: {name} {what} ({len(self.left_out)} defects; check(path) lists them)")
         bad = [-1, *(i for i, name in enumerate(self.names) if name in self.left_out)]
-        self._choose(samples[~samples[list(self.kinds)].isin(bad).any(axis=1)])
+        samples = samples[~samples[list(self.kinds)].isin(bad).any(axis=1)]
         if defects == "leave_out":
-            self._kept = {}  # the files themselves are looked at
             about = {"desc": f"checking {self.path.name}", "unit": " samples", "leave": False}
-            looks = _pool(os.getpid()).map(self._look_at, range(len(self)))
-            found = list(tqdm(looks, total=len(self), file=sys.stdout, **about))
+            looks = _pool(os.getpid()).map(self._look_at, samples[list(self.kinds)].to_dict("records"))
+            found = list(tqdm(looks, total=len(samples), file=sys.stdout, **about))
             self.left_out |= {name: what for one in found for name, what in one.items()}
             self.fingerprint += f" without {sorted(self.left_out)}" if self.left_out else ""
-            self._choose(self._samples[[not one for one in found]])
+            samples = samples.loc[[not one for one in found]]
+        self._choose(samples)
 
     def _find(self) -> pd.DataFrame:
         """The samples as `_match_names` gives them; notes what kinds there are, and what is missing."""
@@ -427,38 +427,35 @@ class ZipDataset(torch.utils.data.Dataset):
 
     def _choose(self, samples: pd.DataFrame) -> None:
         """Takes these samples: the files of each kind, each once, as many samples share a background."""
-        self._samples = samples
         self.bg_id, self.fg_id = samples["bg_id"].to_numpy(), samples["fg_id"].to_numpy()
-        found = {kind: np.unique(samples[kind], return_inverse=True) for kind in self.kinds}
-        self._file, self._slot = ({kind: pair[k] for kind, pair in found.items()} for k in (0, 1))
         key = f"{self.fingerprint} {self.size} {self.depth_near} {simplejpeg.__version__} {torch.__version__}"
         key += " ".join(str(_changed(place)) for place in self._places if isinstance(place, Path))
-        key = key.encode() + b"".join(files.tobytes() for files in self._file.values())
-        key = hashlib.blake2b(key, digest_size=8).hexdigest()
+        key = hashlib.blake2b(key.encode() + samples.to_numpy().tobytes(), digest_size=8).hexdigest()
         # What a crash of the machine kept from the disk would be black: files are good until the next start.
-        since, self._kept = CACHE / f"pictures-{round(psutil.boot_time(), -2):.0f}", {}
+        since = CACHE / f"pictures-{round(psutil.boot_time(), -2):.0f}"
         for old in set(CACHE.glob("pictures-*")) - {since}:
             shutil.rmtree(old, ignore_errors=True)
-        for kind, files in self._file.items():
-            shape = (len(files), self.size, self.size, CHANNELS[kind])
+        self._file, self._slot, self._kept = {}, {}, {}
+        for kind in self.kinds:
+            self._file[kind], self._slot[kind] = np.unique(samples[kind], return_inverse=True)
+            shape = (len(self._file[kind]), self.size, self.size, CHANNELS[kind])
             with contextlib.suppress(OSError):  # no room
                 pictures = _on_disk(since / key / f"{kind}.npy", shape)
                 self._kept[kind] = pictures, _on_disk(since / key / f"{kind}_ready.npy", shape[:1])
 
-    def _look_at(self, i: int) -> dict[str, str]:
-        """What is wrong with a sample's pictures: they cannot be read, or the mask is not of what is new.
+    def _look_at(self, files: dict[str, int]) -> dict[str, str]:
+        """What is wrong with a sample's files: they cannot be read, or the mask is not of what is new.
         Then more changes outside it than inside; about as much where an object is thin and faint."""
         try:
-            sample = {kind: pictures[0].int().numpy() for kind, pictures in self.batch([i]).items()}
+            sample = {kind: self._picture(kind, file).astype(int) for kind, file in files.items()}
         except ValueError as error:
             name, _, what = str(error).removeprefix(f"{self.path}: ").partition(" cannot be read")
             return {name: f"cannot be read{what}"}
-        mask = sample["mask"][0] > 0 if "mask" in sample else np.zeros(1, bool)
-        change = np.abs(sample["fg_bg"] - sample["bg"]).max(0)
+        mask = sample["mask"][..., 0] > 0 if "mask" in sample else np.zeros(1, bool)
+        change = np.abs(sample["fg_bg"] - sample["bg"]).max(2)
         if not mask.any() or mask.all() or change[~mask].mean() < 1.5 * change[mask].mean():
             return {}
-        name = self.names[self._file["mask"][self._slot["mask"][i]]]
-        return {name: "marks what is alike in bg and fg_bg. Is it inverted?"}
+        return {self.names[files["mask"]]: "marks what is alike in bg and fg_bg. Is it inverted?"}
 
     def __len__(self) -> int:
         return len(self.bg_id)
@@ -477,21 +474,15 @@ class ZipDataset(torch.utils.data.Dataset):
         batch = {}
         for kind in self.kinds:
             slots = self._slot[kind][np.asarray(indices)]
-            pictures, ready = self._kept.get(kind, (None, np.zeros(len(self._file[kind]), np.uint8)))
-            missing = np.unique(slots[ready[slots] == 0])
-            decoded = self._decode(kind, self._file[kind][missing]) if len(missing) else None
-            if pictures is not None and len(missing):
-                pictures[missing] = decoded
-                ready[missing] = 1
-            found = decoded[np.searchsorted(missing, slots)] if pictures is None else pictures[slots]
+            pictures, ready = self._kept.get(kind, ({}, np.zeros(len(self._file[kind]), np.uint8)))
+            new = np.unique(slots[ready[slots] == 0])
+            decoded = _pool(os.getpid()).map(functools.partial(self._picture, kind), self._file[kind][new])
+            for slot, picture in zip(new, decoded, strict=True):
+                pictures[slot] = picture  # on the disk or, where there is no room, for this batch
+            ready[new] = 1
+            found = pictures[slots] if kind in self._kept else np.stack([pictures[slot] for slot in slots])
             batch[kind] = torch.from_numpy(found).permute(0, 3, 1, 2)
         return batch
-
-    def _decode(self, kind: str, files: np.ndarray) -> np.ndarray:
-        """These files' pictures, (len(files), size, size, channels), decoded by all cores."""
-        at_once = _pool(os.getpid()).map if len(files) > 1 else map
-        pictures = np.stack([*at_once(functools.partial(self._picture, kind), files.tolist())])
-        return 255 - pictures if kind == "depth" and self.depth_near == "bright" else pictures
 
     def _picture(self, kind: str, file: int) -> np.ndarray:
         """(size, size, channels): bilinear with antialiasing, masks by area, cut at one half to 0 or 1."""
@@ -506,6 +497,7 @@ class ZipDataset(torch.utils.data.Dataset):
             how = {"mode": "area"} if kind == "mask" else {"mode": "bilinear", "antialias": True}
             planes = F.interpolate(planes.float() if kind == "mask" else planes, (self.size,) * 2, **how)
             picture = planes[0].permute(1, 2, 0).numpy()
+        picture = 255 - picture if kind == "depth" and self.depth_near == "bright" else picture
         return (picture > 127.5).astype(np.uint8) if kind == "mask" else picture
 
 def _on_disk(file: Path, shape: tuple[int, ...]) -> np.ndarray:
