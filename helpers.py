@@ -48,7 +48,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from pytorch_msssim import ssim as msssim_ssim
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
+from torch.optim import SGD, Adam, AdamW, RMSprop
+from torch.optim.lr_scheduler import ConstantLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
@@ -1042,15 +1043,12 @@ AUGMENTATIONS = {"mirror": mirror, "colour": jitter_colours, "shake": shake}  # 
 
 # ---------- Runs: a Config says everything, a folder holds everything ---------------------------------------
 
-OPTIMIZERS = {"sgd": functools.partial(torch.optim.SGD, momentum=0.9), "rmsprop": torch.optim.RMSprop}
-OPTIMIZERS |= {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+OPTIMIZERS = {"sgd": functools.partial(SGD, momentum=0.9), "rmsprop": RMSprop, "adam": Adam, "adamw": AdamW}
 SCHEDULES = {  # of (optimizer, lr, steps); RMSprop, known by "alpha", has no momentum for a cycle to change
-    "constant": lambda o, lr, steps: lr_scheduler.ConstantLR(o, factor=1.0),
-    "step": lambda o, lr, steps: lr_scheduler.StepLR(o, -(-steps // 3), gamma=0.1),
-    "plateau": lambda o, lr, steps: lr_scheduler.ReduceLROnPlateau(o, factor=0.1, patience=2),
-    "onecycle": lambda o, lr, steps: lr_scheduler.OneCycleLR(
-        o, lr, steps + 1, cycle_momentum="alpha" not in o.defaults
-    ),
+    "constant": lambda o, lr, steps: ConstantLR(o, factor=1.0),
+    "step": lambda o, lr, steps: StepLR(o, -(-steps // 3), gamma=0.1),
+    "plateau": lambda o, lr, steps: ReduceLROnPlateau(o, factor=0.1, patience=2),
+    "onecycle": lambda o, lr, steps: OneCycleLR(o, lr, steps + 1, cycle_momentum="alpha" not in o.defaults),
 }
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHOICES = {"split": ("unseen", "image"), "defects": ("stop", "leave_out"), "precision": ("auto", *PRECISIONS)}
