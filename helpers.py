@@ -323,17 +323,16 @@ def _ids(layout: str, samples: pd.DataFrame, backgrounds: np.ndarray) -> tuple[n
     return bg_id, _fold_mirrored(bg_id, fg_id) if layout == "raguram" else fg_id
 
 def _fold_mirrored(bg_id: np.ndarray, fg_id: np.ndarray) -> np.ndarray:
-    """Where object f + F/2 mirrors object f, gives it the same id. F/2 is the number by which objects and
-    mirrored ones stand on the same backgrounds; where none fits (a part of a set), half of the highest."""
-    last, pairs = int(fg_id.max()), np.unique(np.stack([bg_id, fg_id], 1), axis=0)
-    halves = last - np.unique(fg_id)[::-1]  # the last object is the mirror image of one that is there
-    for start in (0, 1)[: 1 + int(fg_id.min() > 0)]:  # objects may count from 0 or from 1
-        for half in halves[halves >= (last + 1) // 2].tolist():
-            mirrored = pairs[:, 1] >= start + half
-            if np.array_equal(pairs[~mirrored], pairs[mirrored] - [0, half]):
-                return (fg_id - start) % half + start
+    """Where object f + F/2 mirrors object f, gives it the same id. Mirrored objects are the upper half of all
+    and stand on the same backgrounds; where they do not (a part of a set), F/2 is half of the highest."""
+    pairs = np.unique(np.stack([bg_id, fg_id], 1), axis=0)
+    start, numbers = int(fg_id.min() > 0), np.sort(pairs[:, 1])  # objects may count from 0 or from 1
+    half = numbers[len(numbers) // 2] - numbers[0]
+    mirrored = pairs[:, 1] >= start + half
+    if np.array_equal(pairs[~mirrored], pairs[mirrored] - [0, half]):
+        return (fg_id - start) % half + start
     warnings.warn("Mirrored objects are told by the highest number alone: backgrounds differ.", stacklevel=5)
-    return (fg_id - start) % ((last + 2 - start) // 2) + start
+    return (fg_id - start) % ((numbers[-1] + 2 - start) // 2) + start
 
 def _match_table(names: Sequence[str], table: bytes, defects: dict[str, str]) -> pd.DataFrame:
     """What `_match_names` gives, from a table with the paths of a sample in each line. How a path begins
