@@ -310,16 +310,15 @@ def _match_names(names: Sequence[str], layout: str, defects: dict[str, str]) -> 
 def _ids(layout: str, samples: pd.DataFrame, backgrounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The ids of backgrounds and objects. deepjyoti counts its samples on, as many for each background,
     akshat for each anew. By the reports' recipe an object is at 20 places, and mirrored there, in turn."""
-    place, unknown = samples["n"].to_numpy() - 1, np.full(len(samples), -1)
-    last, count = int(place.max()) + 1, int(backgrounds.max(initial=0))
+    bg_id, fg_id, n = samples.reindex(columns=["b", "f", "n"], fill_value=-1).to_numpy().T
+    place, each, count = n - 1, n.max(), backgrounds.max(initial=0)
     if layout == "deepjyoti":
-        each, rest = divmod(last, max(count, 1))
+        each, rest = divmod(n.max(), max(count, 1))
         if rest or 0 in backgrounds:
-            raise ValueError(f"it has {last} samples on {count} backgrounds; expected as many on each.")
-        return place // each + 1, place % each // 40 if each % 40 == 0 else unknown
-    bg_id, fg_id = samples["b"].to_numpy(), samples["f"].to_numpy() if "f" in samples else unknown
-    if layout == "akshat" and last % 40 == 0:
-        return bg_id, place // 40
+            raise ValueError(f"it has {n.max()} samples on {count} backgrounds; expected as many on each.")
+        bg_id, place = place // each + 1, place % each
+    if layout in ("deepjyoti", "akshat") and each % 40 == 0:
+        fg_id = place // 40
     return bg_id, _fold_mirrored(bg_id, fg_id) if layout == "raguram" else fg_id
 
 def _fold_mirrored(bg_id: np.ndarray, fg_id: np.ndarray) -> np.ndarray:
