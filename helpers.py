@@ -294,8 +294,7 @@ def _match_names(names: Sequence[str], layout: str, defects: dict[str, str]) -> 
     for kind, pattern in zip(KINDS, map(_pattern, LAYOUTS[layout].split()), strict=True):
         matches, numbers = enumerate(map(pattern.fullmatch, names)), [*pattern.groupindex]
         found = [(i, *map(int, match.groups())) for i, match in matches if match]
-        table = pd.DataFrame(found, columns=[kind, *numbers]).astype(np.int64)
-        table = table.sort_values(numbers, kind="stable")
+        table = pd.DataFrame(found, columns=[kind, *numbers], dtype=int).sort_values(numbers, kind="stable")
         for file in table[kind][table.duplicated(numbers, keep=False)]:
             defects[names[file]] = f"claims to be one {kind}, as another file does. Remove one."
         tables[kind] = table.drop_duplicates(numbers)
