@@ -341,9 +341,7 @@ def _match_table(names: Sequence[str], table: bytes, defects: dict[str, str]) ->
     if lines.shape[1] != 4:
         raise ValueError(f"its table has {lines.shape[1]} columns, not the 4 of bg, fg_bg, mask and depth.")
     ends = [name.lower().split("/")[::-1] for name in names]
-    files = {}
-    for i, end in enumerate(ends):
-        files.setdefault(end[0], []).append(i)
+    files = pd.Series(ends).groupby([end[0] for end in ends]).indices  # by the last part
 
     def find(path: str) -> int:
         parts = path.strip().lower().split("/")[::-1]
@@ -353,10 +351,9 @@ def _match_table(names: Sequence[str], table: bytes, defects: dict[str, str]) ->
             defects[path] = f"of the table is in the data set {'more than once' if best else 'not at all'}."
         return best[0] if best else -1
 
-    number = lines[0].str.extract(r"(\d{1,18})\D*$")[0]
-    defects |= dict.fromkeys(lines[0][number.isna()], "of the table has no number, by which backgrounds go.")
-    samples = pd.DataFrame({kind: lines[k].map(find) for k, kind in enumerate(KINDS)})
-    samples["bg_id"], samples["fg_id"] = number.fillna("-1").astype(np.int64), -1
+    number = lines[0].str.extract(r"(\d{1,18})\D*$", expand=False).fillna("-1").astype(np.int64)
+    defects |= dict.fromkeys(lines[0][number < 0], "of the table has no number, by which backgrounds go.")
+    samples = lines.map(find).set_axis(KINDS, axis=1).assign(bg_id=number, fg_id=-1)
     for file in samples["fg_bg"][samples["fg_bg"].duplicated() & (samples["fg_bg"] >= 0)]:
         defects[names[file]] = "stands in more than one line of the table."
     in_order = lines[1].str.lower().str.replace(r"\d+", lambda digits: digits[0].zfill(18), regex=True)
