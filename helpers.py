@@ -143,9 +143,8 @@ def _replacing(path: Path) -> Iterator[Path]:
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    finally:
+        part.unlink(missing_ok=True)  # is there still if something failed
 
 def _known(name: str | None, names: Iterable[str | None], what: str) -> None:
     if name not in names:

@@ -353,8 +353,7 @@ def scenes(folder, count=5):
 
 
 def frames(path):
-    video = cv2.VideoCapture(str(path))
-    return [frame for read, frame in iter(video.read, (False, None)) if read]
+    return [frame for read, frame in iter(cv2.VideoCapture(str(path)).read, (False, None)) if read]
 
 
 def predict_folder(*given, **options):
