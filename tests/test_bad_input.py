@@ -223,7 +223,7 @@ def test_the_report_counts_what_is_there(write_zip, tmp_path, capsys):
     faint = lambda kind, p, *_: kind[-1] == "g" and encoded(rng.integers(0, 40, p.shape, np.uint8))  # noqa: E731
     write_zip(tmp_path / "b.zip", "mpaditya", size=64, change=faint)
     assert check(tmp_path / "b.zip") == {}
-    assert len({ZipDataset(tmp_path / "b.zip", defects=way).fingerprint for way in ("stop", "leave_out")}) == 1
+    assert len({ZipDataset(tmp_path / "b.zip", defects=of).fingerprint for of in ("stop", "leave_out")}) == 1
     assert "an unknown number of objects, no defects" in capsys.readouterr().out
     write_zip(tmp_path / "c.zip", without=[f"bg/bg00{b}.png" for b in (1, 2, 3)])
     assert list(check(tmp_path / "c.zip").values()) == ["has no bg."] * 24
