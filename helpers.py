@@ -1387,15 +1387,13 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
             if due or not GPU or state["step"] % 50 == 0:  # on a GPU, to look at the loss is to wait for it
                 _refuse_not_finite(config, state, map(ds.name, whole))
             if due and state["step"] % steps:
-                _save(folder, state)
+                _write(checkpoint, state)
                 saved_at = time.monotonic()
         _end_epoch(config, ds, parts, folder, state, kept, time.monotonic() - started, quiet, watch)
     if state["step"] == steps * epochs:
         kept.load_state_dict(state["best"])
         tests = {part: indices for part, indices in parts.items() if part != "train"}
-        results = score(kept, ds, tests, config.precision)
-        if process == 0:
-            _write(folder / "results.json", json.dumps(results, indent=1))
+        _write(folder / "results.json", json.dumps(score(kept, ds, tests, config.precision), indent=1))
     _mean_over_processes([torch.zeros(1, device=DEVICE)])  # then all find what the first has written
 
 def _refuse_not_finite(config: Config, state: dict, samples: Iterable[str]) -> None:
@@ -1434,33 +1432,33 @@ def _end_epoch(config, ds, parts, folder, state, kept, seconds, quiet, watch) ->
         _save_images(folder, state, kept, ds, parts, config, watch)
         _write(folder / "metrics.csv", state["history"])
         _write(folder / "best.pt", state["best"])
-    _save(folder, state)
+    _write(folder / "checkpoint.pt", state)
     if not quiet:
         shown = ("train_loss", "valid_loss", "valid_iou", "valid_rmse")
         found = "  ".join(f"{name} {row[name]:.3f}" for name in shown if name in row)
         print(f"{config.name}  epoch {row['epoch']}  {found}  ({seconds:.0f} s)")
 
-def _save(folder: Path, state: dict) -> None:
-    if _processes()[0] == 0:
-        plain = {name: getattr(part, "state_dict", lambda part=part: part)() for name, part in state.items()}
-        _write(folder / "checkpoint.pt", plain)
-
 def _write(path: Path, content: str | list | dict) -> None:
-    """A file of text, of the rows of a table, or of a state, whole or not at all."""
+    """A file of text, of the rows of a table, or of a state, whole or not at all; by the first process."""
+    if _processes()[0] > 0:
+        return
     if isinstance(content, list):
         content = pd.DataFrame(content).to_csv(index=False, na_rep="nan", lineterminator="\n")
     with _replacing(path) as part, open(part, "wb") as file:
         if isinstance(content, str):
             file.write(content.encode())
         else:
-            torch.save(_interned(content), file)
+            torch.save(_plain(content), file)
 
-def _interned(value: object) -> object:
-    """With equal strings made one object: pickle writes one twice that, once loaded, has become two."""
+def _plain(value: object) -> object:
+    """A network and the like as its state dict, and equal strings as one object: pickle writes one twice
+    that, once loaded, has become two."""
+    if hasattr(value, "state_dict"):
+        value = value.state_dict()
     if isinstance(value, dict):
-        return {_interned(key): _interned(each) for key, each in value.items()}
+        return {_plain(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list):
-        return list(map(_interned, value))
+        return list(map(_plain, value))
     return sys.intern(value) if isinstance(value, str) else value
 
 def _load_state(path: Path) -> dict:
