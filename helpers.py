@@ -1351,17 +1351,15 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
         epoch, begun = divmod(state["step"], steps)
         order = np.random.default_rng([config.seed, epoch]).permutation(parts["train"])
         batches = np.array_split(order, steps)[begun:]  # nearly equal: none has a single sample left
-        fill = [-(-len(batch) // processes) * processes for batch in batches]  # in equal shares
-        shares = [np.resize(*pair)[process::processes] for pair in zip(batches, fill, strict=True)]
+        shares = [np.resize(of, len(of) + -len(of) % processes)[process::processes] for of in batches]
         started = saved_at = time.monotonic()
         state["lr"] = state["lr"] if begun else optimizer.param_groups[0]["lr"]
         about = {"desc": f"epoch {epoch + 1}/{epochs}", "initial": begun, "total": steps, "file": sys.stdout}
         bar = tqdm(_prefetch(ds.batch, shares), leave=False, disable=quiet or None, **about)
-        model.train()
         for whole, batch in zip(batches, bar, strict=True):
             if epoch == 0 and process == 0 and state["step"] in FIRST_STEPS:
                 _save_images(folder, state, kept, ds, parts, config, watch)
-                model.train()
+            model.train()
             torch.manual_seed(((config.seed * 2**32 + state["step"]) * 64 + process) % 2**64)
             batch = functools.reduce(lambda batch, change: change(batch), augment, to_float(batch, DEVICE))
             with autocast(config.precision):
@@ -1369,9 +1367,8 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
             loss = loss_of(*outputs, batch.get("mask"), batch.get("depth"))
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            loss = loss.detach()
-            weights = [weight for group in groups for weight in group["params"]]
-            _mean_over_processes([*(weight.grad for weight in weights if weight.grad is not None), loss])
+            grads = [weight.grad for group in groups for weight in group["params"] if weight.grad is not None]
+            _mean_over_processes([*grads, loss.detach_()])
             if config.clip_norm:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
