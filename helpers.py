@@ -1382,7 +1382,8 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
             state["loss_sum"] += loss * (len(whole) / len(order))
             due = time.monotonic() - saved_at > 60 * config.checkpoint_minutes or state["step"] % steps == 0
             if due or not GPU or state["step"] % 50 == 0:  # on a GPU, to look at the loss is to wait for it
-                _refuse_not_finite(config, state, map(ds.name, whole))
+                where = f"{'by' if GPU else 'in'} step {state['step']} the loss"
+                _refuse_not_finite(config, state["loss_sum"], where, loss_of.terms, map(ds.name, whole))
             if due and state["step"] % steps:
                 _write(checkpoint, state)
                 saved_at = time.monotonic()
@@ -1393,14 +1394,12 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
         _write(folder / "results.json", json.dumps(score(kept, ds, tests, config.precision), indent=1))
     _mean_over_processes([torch.zeros(1, device=DEVICE)])  # then all find what the first has written
 
-def _refuse_not_finite(config: Config, state: dict, samples: Iterable[str]) -> None:
-    if state["loss_sum"].isfinite():
-        return
-    terms = ", ".join(f"{task} {term.item():.3g}" for task, term in state["loss"].terms.items())
-    # On a GPU it is looked at now and then: it may have been an earlier step, of other samples.
-    at, of = ("by", "") if GPU else ("in", f" ({terms}), of {', '.join(itertools.islice(samples, 8))}")
-    found = f"{at} step {state['step']} the loss is not finite{of}"
-    raise ValueError(f"{config.name}: {found}. Try a smaller lr, under another name.")
+def _refuse_not_finite(config, loss: Tensor, where: str, terms: dict, samples: Iterable[str]) -> None:
+    if not loss.isfinite():
+        terms = ", ".join(f"{task} {term:.3g}" for task, term in terms.items())
+        # On a GPU, looked at now and then, it may have been an earlier step, of other samples.
+        of = f" ({terms}), of {', '.join(itertools.islice(samples, 8))}" if terms and not GPU else ""
+        raise ValueError(f"{config.name}: {where} is not finite{of}. Try a smaller lr, under another name.")
 
 def _end_epoch(config, ds, parts, folder, state, kept, seconds, quiet, watch) -> None:
     """Measures and writes what the epoch has brought, the checkpoint last: a kill before it repeats all."""
@@ -1413,13 +1412,11 @@ def _end_epoch(config, ds, parts, folder, state, kept, seconds, quiet, watch) ->
     if learned:
         row["depth_weight"] = (state["loss"].log_variances[0] - state["loss"].log_variances[1]).exp().item()
     state["history"].append(row)
-    state["loss_sum"] = torch.tensor(np.mean(values["loss"]), device=DEVICE)  # NaN if one of them is
-    _mean_over_processes([state["loss_sum"]])
-    if not state["loss_sum"].isfinite():
-        found = f"in epoch {row['epoch']} the loss of the validation samples is not finite"
-        raise ValueError(f"{config.name}: {found}. Try a smaller lr, under another name.")
+    mean = torch.tensor(np.mean(values["loss"]), device=DEVICE)  # NaN if one of them is
+    _mean_over_processes([mean])
+    _refuse_not_finite(config, mean, f"in epoch {row['epoch']} the loss of the validation samples", {}, ())
     if config.schedule == "plateau":
-        state["schedule"].step(state["loss_sum"].item())
+        state["schedule"].step(mean.item())
     state["loss_sum"] = torch.zeros((), device=DEVICE)
     if row["valid_loss"] <= min(before["valid_loss"] for before in state["history"]):
         state["best"] = {name: tensor.cpu().clone() for name, tensor in kept.state_dict().items()}
