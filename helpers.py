@@ -1161,8 +1161,7 @@ def run(config: Config, stop_after: int | None = None, quiet: bool = False,
             _refuse_another(folder, settings)
             if not (folder / "results.json").exists():
                 parts, model = parts_of(config, ds), _begin(config, folder)
-                if first:
-                    _write(folder / "config.json", json.dumps(settings, indent=1))
+                _write(folder / "config.json", json.dumps(settings, indent=1))
                 _train(config, ds, parts, model, folder, stop_after, quiet or not first, watch)
             elif not quiet:
                 print(f"{config.name}: finished before, read from its folder")
