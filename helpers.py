@@ -1705,7 +1705,7 @@ def predict_images(weights: AnyPath | nn.Module, bg: AnyPath, image: AnyPath, fo
         raise OSError(f"{place} cannot be written ({error}). Give another folder.") from error
     step = max(1, max(height, width) // 800)  # a figure needs no more pixels
     small = {kind: pictures[kind][:, ::step, ::step] / 255 for kind in ("bg", "fg_bg", *tasks)}
-    figure = _draw([[_cell(small, kind) for kind in small]])
+    figure = _draw([[(small, kind) for kind in small]])
     plt.close(figure)  # else pyplot would keep it
     return Prediction(files.get("mask"), files.get("depth"), figure)
 
@@ -1717,23 +1717,29 @@ TITLES = {"bg": "background", "fg_bg": "with object", "iou": "mask IoU", "rmse":
 TITLES |= {"delta1": "depth δ < 1.25", "test_seen": "seen", "test_new_bg": "new background"}
 TITLES |= {"test_new_fg": "new object", "test_new_both": "new background and object"}
 LOWER_IS_BETTER = ("loss", "rmse", "mae", "abs_rel", "log10")
+SCORES = {"mask_predicted": "iou", "depth_predicted": "rmse"}  # what stands under a prediction
 FIRST_STEPS = (0, 10, 30, 100, 300)  # after so many steps of the first epoch, too, pictures are saved
 
-def _draw(rows: Sequence[Sequence[tuple]], labels: Sequence[str] = ("",)) -> Figure:
-    """A figure of rows of (title, kind, picture (C, H, W), caption), with bars for depth and its error."""
-    figure, (height, width) = plt.figure(layout="constrained", dpi=110), rows[0][0][2].shape[1:]
-    side = max(1.6, 12 / max(len(rows[0]), 4))
-    between = 0.3 if any(caption for row in rows for *_, caption in row) else 0.1
-    figure.set_size_inches(side * len(rows[0]) + 0.8, (side * height / width + between) * len(rows) + 0.2)
-    axes, bars = figure.subplots(len(rows), len(rows[0]), squeeze=False), {}
+def _draw(rows: Sequence[Sequence[tuple]], titles: Sequence[str] = (), labels=("",)) -> Figure:
+    """A figure of rows of (sample, kind): the sample's picture of that kind, if it has one, and under a
+    prediction how good it is; with bars for depth and its error."""
+    shape, (height, width), bars = (len(rows), len(rows[0])), rows[0][0][0]["bg"].shape[1:], {}
+    between = 0.3 if any(SCORES.get(kind) in sample for row in rows for sample, kind in row) else 0.1
+    side = max(1.6, 12 / max(shape[1], 4))
+    size = side * shape[1] + 0.8, (side * height / width + between) * shape[0] + 0.2
+    figure, axes = plt.subplots(*shape, squeeze=False, figsize=size, layout="constrained", dpi=110)
+    titles = titles or [TITLES.get(kind, kind.replace("_", " ")) for _, kind in rows[0]]
     for i, (label, row) in enumerate(zip(labels, rows, strict=True)):
         axes[i, 0].set_ylabel(label)
-        for axis, (title, kind, picture, caption) in zip(axes[i], row, strict=True):
+        for axis, (sample, kind), title in zip(axes[i], row, titles, strict=True):
             error, depth = kind == "depth_error", kind.startswith("depth")
-            look = {"cmap": "magma" if error else "viridis" if depth else "gray", "vmin": 0}
-            drawn = axis.imshow(picture.permute(1, 2, 0).squeeze(2).numpy(), vmax=0.5 if error else 1, **look)
-            axis.set(xticks=[], yticks=[], xlabel=caption, title=title if i == 0 else "")
+            picture = sample.get(kind, torch.full_like(sample["bg"][:1], torch.nan)).permute(1, 2, 0)
+            colours = "magma" if error else "viridis" if depth else "gray"
+            drawn = axis.imshow(picture, colours, vmin=0, vmax=0.5 if error else 1)
             bars |= {"depth error" if error else "depth: near → far": drawn} if depth else {}
+            axis.set(xticks=[], yticks=[], title="" if i else title)
+            if (metric := SCORES.get(kind)) in sample:
+                axis.set_xlabel(f"{TITLES[metric].split()[-1]} {sample[metric]:.3f}")
     for label, drawn in bars.items():
         figure.colorbar(drawn, ax=axes, label=label, fraction=0.02, pad=0.01)
     return figure
@@ -1750,37 +1756,29 @@ def _predictions(model: nn.Module, ds: ZipDataset, indices: Sequence[int], preci
     batch |= measure(mask_logits, depth, *truth)
     return [{name: of[i].cpu() for name, of in batch.items()} for i in range(len(indices))]
 
-def _cell(sample: dict, kind: str, title: str = "") -> tuple[str, str, Tensor, str]:
-    """For `_draw`, a picture of a sample, if it has that; under a prediction stands how good it is."""
-    metric, name = {"mask_predicted": ("iou", "IoU"), "depth_predicted": ("rmse", "RMSE")}.get(kind, ("", ""))
-    caption = f"{name} {sample[metric]:.3f}" if metric in sample else ""
-    picture = sample.get(kind, torch.full_like(sample["bg"][:1], torch.nan))
-    return title or TITLES.get(kind, kind.replace("_", " ")), kind, picture, caption
-
 def show_samples(ds: ZipDataset, indices: Sequence[int]) -> Figure:
     """A row a kind, a column a sample."""
     samples = [ds[i] for i in indices]
-    rows = [[_cell(sample, kind, sample["name"]) for sample in samples] for kind in ds.kinds]
-    return _draw(rows, [TITLES.get(kind, kind) for kind in ds.kinds])
+    rows = [[(sample, kind) for sample in samples] for kind in ds.kinds]
+    return _draw(rows, [sample["name"] for sample in samples], [TITLES.get(kind, kind) for kind in ds.kinds])
 
 def show_predictions(model: nn.Module, ds: ZipDataset, indices: Sequence[int],
                      precision: str = "auto") -> Figure:
     """A row a sample: the two inputs; for each task the truth, the prediction and the absolute error."""
     samples = _predictions(model, ds, indices, precision)
     kinds = ["bg", "fg_bg", "mask", "mask_predicted", "mask_error", "depth", "depth_predicted", "depth_error"]
-    rows = [[_cell(sample, kind) for kind in kinds if kind in sample] for sample in samples]
-    return _draw(rows, [ds.name(i) for i in indices])
+    rows = [[(sample, kind) for kind in kinds if kind in sample] for sample in samples]
+    return _draw(rows, labels=[ds.name(i) for i in indices])
 
 def compare_predictions(models: dict[str, nn.Module], ds: ZipDataset, indices: Sequence[int],
                         kinds: Sequence[str] = KINDS[2:]) -> Figure:
     """A row a sample and kind: the picture, the truth, and the prediction of each network that has one."""
-    found, rows = {name: _predictions(model, ds, indices) for name, model in models.items()}, []
-    kinds = [kind for kind in kinds if kind in ds.kinds]
-    for i, kind in itertools.product(range(len(indices)), kinds):
-        first = next(iter(found.values()))[i]
-        predicted = [_cell(samples[i], f"{kind}_predicted", name) for name, samples in found.items()]
-        rows.append([_cell(first, "fg_bg", "input"), _cell(first, kind, "truth"), *predicted])
-    return _draw(rows, [kind for _ in indices for kind in kinds])
+    found = zip(*(_predictions(model, ds, indices) for model in models.values()), strict=True)
+    kinds, rows = [kind for kind in kinds if kind in ds.kinds], []
+    for samples, kind in itertools.product(found, kinds):
+        predicted = [(sample, f"{kind}_predicted") for sample in samples]
+        rows.append([(samples[0], "fg_bg"), (samples[0], kind), *predicted])
+    return _draw(rows, ["input", "truth", *models], kinds * len(indices))
 
 def plot_history(runs: dict[str, Run | list], metrics: Sequence[str] = ("loss", "iou", "rmse")) -> Figure:
     """A panel a metric, a curve a run, over the epochs, on the validation samples; dashed: the loss in
