@@ -1568,9 +1568,8 @@ def load_model(weights: AnyPath = "") -> nn.Module:
     of 192 pixels; empty: the project's. Raises FileNotFoundError, ValueError for no weights."""
     path = _found(weights or WEIGHTS, "Give the folder of a run, or a file of weights.")
     path = _found(path / "best.pt", "The run has finished no epoch yet.") if path.is_dir() else path
-    state, beside = _load_state(path), path.parent / "config.json"
-    alone = (Config("any", size=192, model=name) for name in MODELS)  # a file without a run around it
-    known = [Config.load(beside)] if beside.exists() else [*alone]
+    state, file = _load_state(path), path.parent / "config.json"
+    known = [Config.load(file)] if file.exists() else [Config("any", size=192, model=name) for name in MODELS]
     for config in known:
         model = MODELS[config.model]().to(DEVICE, memory_format=torch.channels_last)
         with contextlib.suppress(AttributeError, RuntimeError):  # of another network
