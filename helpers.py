@@ -1583,30 +1583,29 @@ def predict(model: nn.Module, bg: Tensor, fg_bg: Tensor, size: int | None = None
             refine: bool = True) -> tuple[Tensor, Tensor]:
     """The mask, 0 or 1, and the depth in [0, 1] of pictures of any size, as large as `fg_bg`: (N, 1, H, W) on
     DEVICE. `bg` and `fg_bg` are (N, 3, H, W) or (3, H, W), one for all of the other's too, float in [0, 1] or
-    uint8; the network sees them at `size` pixels a side, by default its own. To `refine` is to
-    take a quarter of the depth from what a PairNetwork sees at 64 pixels, where a place is looked over as one
-    (after Miangoleh et al., Boosting Monocular Depth Estimation, 2021), and to give the mask the outlines of
-    fg_bg. Raises ValueError for other input."""
-    side, pair = size or getattr(model, "size", 192), []
-    for pictures in (bg, fg_bg):
-        pictures = (pictures[None] if pictures.dim() == 3 else pictures).to(DEVICE)
-        pictures = pictures / 255 if pictures.dtype == torch.uint8 else pictures.float()
-        if pictures.dim() != 4 or pictures.shape[1] != 3 or not (pictures.min() >= 0 and pictures.max() <= 1):
-            values = f"{tuple(pictures.shape)}, from {pictures.min():.3g} to {pictures.max():.3g}"
+    uint8; the network sees them at `size` pixels a side, by default its own. To `refine` is to take a quarter
+    of the depth from what a PairNetwork sees at 64 pixels, where a place is looked over as one (after
+    Miangoleh et al., Boosting Monocular Depth Estimation, 2021), and to give the mask the outlines of fg_bg.
+    Raises ValueError for other input."""
+    pair = [(of[None] if of.dim() == 3 else of).to(DEVICE) for of in (bg, fg_bg)]
+    pair = [of / 255 if of.dtype == torch.uint8 else of.float() for of in pair]
+    for of in pair:
+        if of.dim() != 4 or of.shape[1] != 3 or not (of.min() >= 0 and of.max() <= 1):
+            values = f"{tuple(of.shape)}, from {of.min():.3g} to {of.max():.3g}"
             raise ValueError(f"Pictures are (N, 3, H, W), uint8 or float in [0, 1]; these are {values}.")
-        pair.append(pictures)
-    pair = [pictures.expand(max(map(len, pair)), -1, -1, -1) for pictures in pair]
+    pair = [of.expand(max(map(len, pair)), -1, -1, -1) for of in pair]
+    side = size or getattr(model, "size", 192)
     sides = [side, 64] if refine and side > 64 and isinstance(model, PairNetwork) else [side]
-    views = [[resize(pictures, [side, side], antialias=True) for pictures in pair] for side in sides]
+    views = [[resize(of, [side, side]) for of in pair] for side in sides]
     (mask_logits, depth), *over = [model.to(DEVICE).eval()(*view) for view in views]
-    depth = 0.75 * depth + 0.25 * resize(over[0][1], [side, side], antialias=True) if over else depth
-    mask, depth = (resize(of, fg_bg.shape[-2:], antialias=True) for of in (mask_logits.sigmoid(), depth))
+    depth = 0.75 * depth + 0.25 * resize(over[0][1], [side, side]) if over else depth
+    mask, depth = (resize(of, fg_bg.shape[-2:]) for of in (mask_logits.sigmoid(), depth))
     return _follow_outlines(mask, *pair) if refine else (mask > 0.5).float(), depth.clamp(0, 1)
 
 def _follow_outlines(mask: Tensor, bg: Tensor, fg_bg: Tensor) -> Tensor:
     """A soft mask as 0 and 1. In each window of 7 to 9 pixels of 192 it becomes that function, linear in the
     colours of fg_bg and their change, which comes closest to it. He and Sun, Fast Guided Filter, 2015."""
-    change = (fg_bg - resize(bg, fg_bg.shape[2:], antialias=True)).abs_().amax(1, keepdim=True)
+    change = (fg_bg - resize(bg, fg_bg.shape[2:])).abs_().amax(1, keepdim=True)
     short, long = sorted(mask.shape[2:])
     every = max(1, min(round(long / 192), short // 48))  # of so many pixels one is looked at
     window = [2 * every * round(side / 48 / every) + 1 for side in mask.shape[2:]]
