@@ -96,8 +96,7 @@ def data_zip(path: AnyPath = "") -> Path:
     """The data set to use: `path`, else the environment variable DATA_ZIP, else what notebook 00 has drawn in
     the workspace at this scale (the full one is drawn if need be), else the project's sample. A folder may
     stand for a zip; a zip on Drive, which is slow, is copied to the local disk. Raises FileNotFoundError."""
-    given = str(path) or os.environ.get("DATA_ZIP", "")
-    if not given:
+    if not (given := str(path) or os.environ.get("DATA_ZIP", "")):
         made = fetch(SCENES[SCALE])
         if SCALE == "full" and not made.exists():
             with filelock.FileLock(made.with_name(".scenes.lock")):  # of several processes one draws
