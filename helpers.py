@@ -1492,9 +1492,8 @@ def _copy_for_ever(local: Path, drive: SimpleNamespace) -> None:
 
 def _copy_newer(source: Path, target: Path, drive: SimpleNamespace, done: dict, name: AnyPath = "",
                 until: float = np.inf) -> str:
-    """Copies what is newer in one folder to the other, and says what went wrong. Of a run the oldest comes
-    first, and what is newer waits for it: a checkpoint must not arrive before its pictures. Nothing is begun
-    after `until`, by the monotonic clock."""
+    """Copies what is newer in one folder to the other, `until` by the monotonic clock; says what went wrong.
+    Of a run the oldest comes first, all else waits for it: no checkpoint may arrive before its pictures."""
     trouble = ""
     for entry in [source / name] if name else source.glob("*"):
         try:
