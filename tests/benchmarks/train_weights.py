@@ -137,9 +137,13 @@ def train(model, ds, photos, given):
         pair = {kind: torch.cat([first[kind], extra[kind]]) for kind in ("bg", "fg_bg")}
         pair = jitter_colours(pair)
         pair = shake(pair) if np.random.random() < given.shaken else pair
-        mask_logits, depth = model(pair["bg"], pair["fg_bg"])
-        loss = mask_and_depth(mask_logits[:drawn], depth[:drawn], first["mask"], first["depth"])
-        loss = loss + (mask_alone(mask_logits[drawn:], extra["mask"]) if len(extra["mask"]) else 0)
+        sides = [int(np.random.choice(given.size))] * 2
+        bg, fg_bg = (resize(pair[kind], sides, antialias=True) for kind in ("bg", "fg_bg"))
+        mask = (F.adaptive_avg_pool2d(torch.cat([first["mask"], extra["mask"]]), sides) > 0.5).float()
+        mask_logits, depth = model(bg, fg_bg)
+        true_depth = resize(first["depth"], sides, antialias=True)
+        loss = mask_and_depth(mask_logits[:drawn], depth[:drawn], mask[:drawn], true_depth)
+        loss = loss + (mask_alone(mask_logits[drawn:], mask[drawn:]) if len(mask) > drawn else 0)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -156,21 +160,24 @@ def main():
     parser.add_argument("zip", help="a drawn data set")
     parser.add_argument("--photos", help="a folder of .jpg, for backgrounds and fillings")
     parser.add_argument("--start", default="", help="weights to begin with; by default those in assets/")
-    parser.add_argument("--size", type=int, default=192)
+    parser.add_argument("--size", type=int, nargs="+", default=[192], help="of several, each step takes one")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--composed", type=float, default=0.5, help="the share of a batch that is composed")
     parser.add_argument("--shaken", type=float, default=0.7, help="the share of batches as if taken by hand")
     parser.add_argument("--rate", type=float, default=6e-4, help="the highest learning rate")
+    parser.add_argument("--share", type=float, default=1.0, help="of the new weights in OUT.pt; else START's")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.manual_seed(given.seed)
     np.random.seed(given.seed)
-    ds = ZipDataset(given.zip, given.size)
-    photos = to_float({"bg": read_photos(given.photos, given.size)}, DEVICE)["bg"]
-    started = time.monotonic()
+    ds = ZipDataset(given.zip, max(given.size))
+    photos = to_float({"bg": read_photos(given.photos, ds.size)}, DEVICE)["bg"]
+    started, before = time.monotonic(), load_model(given.start).state_dict()
     for step, loss, model in train(load_model(given.start), ds, photos, given):
-        state = {name: of.half() if of.is_floating_point() else of for name, of in model.state_dict().items()}
+        state = model.state_dict()
+        for name in [name for name, of in state.items() if of.is_floating_point()]:
+            state[name] = torch.lerp(before[name], state[name], given.share).half()
         torch.save(state, given.out)
         print(f"step {step}, loss {loss:.3f}, {time.monotonic() - started:.0f} s", flush=True)
 
