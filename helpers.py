@@ -1713,14 +1713,14 @@ TITLES = {"bg": "background", "fg_bg": "with object", "iou": "mask IoU", "rmse":
 TITLES |= {"delta1": "depth δ < 1.25", "test_seen": "seen", "test_new_bg": "new background"}
 TITLES |= {"test_new_fg": "new object", "test_new_both": "new background and object"}
 LOWER_IS_BETTER = ("loss", "rmse", "mae", "abs_rel", "log10")
-SCORES = {"mask_predicted": "iou", "depth_predicted": "rmse"}  # what stands under a prediction
+SCORES = {"mask_predicted": ("IoU", "iou"), "depth_predicted": ("RMSE", "rmse")}  # stand under a picture
 FIRST_STEPS = (0, 10, 30, 100, 300)  # after so many steps of the first epoch, too, pictures are saved
 
 def _draw(rows: Sequence[Sequence[tuple]], titles: Sequence[str] = (), labels=("",)) -> Figure:
     """A figure of rows of (sample, kind): the sample's picture of that kind, if it has one, and under a
     prediction how good it is; with bars for depth and its error."""
     shape, (height, width), bars = (len(rows), len(rows[0])), rows[0][0][0]["bg"].shape[1:], {}
-    between = 0.3 if any(SCORES.get(kind) in sample for row in rows for sample, kind in row) else 0.1
+    between = 0.3 if any(kind in SCORES and kind in sample for row in rows for sample, kind in row) else 0.1
     side = max(1.6, 12 / max(shape[1], 4))
     size = side * shape[1] + 0.8, (side * height / width + between) * shape[0] + 0.2
     figure, axes = plt.subplots(*shape, squeeze=False, figsize=size, layout="constrained", dpi=110)
@@ -1734,8 +1734,9 @@ def _draw(rows: Sequence[Sequence[tuple]], titles: Sequence[str] = (), labels=("
             drawn = axis.imshow(picture, colours, vmin=0, vmax=0.5 if error else 1)
             bars |= {"depth error" if error else "depth: near → far": drawn} if depth else {}
             axis.set(xticks=[], yticks=[], title="" if i else title)
-            if (metric := SCORES.get(kind)) in sample:
-                axis.set_xlabel(f"{TITLES[metric].split()[-1]} {sample[metric]:.3f}")
+            if kind in SCORES and kind in sample:
+                name, metric = SCORES[kind]
+                axis.set_xlabel(f"{name} {sample[metric]:.3f}")
     for label, drawn in bars.items():
         figure.colorbar(drawn, ax=axes, label=label, fraction=0.02, pad=0.01)
     return figure
