@@ -1,6 +1,7 @@
 """Folders that go when the tests end, one thread a process, and small data sets of known pixels."""
 
 import atexit
+import functools
 import io
 import itertools
 import os
@@ -26,7 +27,12 @@ for variable in {"WORKSPACE", "XDG_CACHE_HOME"} - set(os.environ):
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from nbval import kernel  # noqa: E402
 from PIL import Image  # noqa: E402
+
+# Kernels talk over files: of two processes that look for free ports at once, both may find the same.
+SOCKETS = tempfile.TemporaryDirectory(prefix="kernels-")
+kernel.KernelManager = functools.partial(kernel.KernelManager, transport="ipc", ip=f"{SOCKETS.name}/kernel")
 
 # How the published sets name the four files of a sample, without ending. {b}, {f}, {n} are the numbers of the
 # background, object and place; {i} counts all samples and {j} those of a background, both from 1.

@@ -317,9 +317,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("where", ["own_code", "__main__"])  # a file, or a notebook, which has none
-def test_edited_code_of_ones_own_is_another_run_and_the_same_is_not(
-    config, place, tmp_path, monkeypatch, kind, where
-):
+def test_edited_code_is_another_run_and_the_same_is_not(config, place, tmp_path, monkeypatch, kind, where):
     field, source = SOURCES[kind]
     head = "from functools import partial\nimport helpers\nfrom test_runs import Tiny\n"
 
