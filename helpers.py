@@ -339,7 +339,9 @@ def _match_table(names: Sequence[str], table: bytes, defects: dict[str, str]) ->
     if lines.shape[1] != 4:
         raise ValueError(f"its table has {lines.shape[1]} columns, not the 4 of bg, fg_bg, mask and depth.")
     ends = [name.lower().split("/")[::-1] for name in names]
-    files = pd.Series(ends).groupby([end[0] for end in ends]).indices  # by the last part
+    files = {}
+    for i, end in enumerate(ends):
+        files.setdefault(end[0], []).append(i)
 
     def find(path: str) -> int:
         parts = path.strip().lower().split("/")[::-1]
@@ -1105,7 +1107,7 @@ class Config:
         return tuple(task for task in KINDS[2:] if getattr(self, f"{task}_loss"))
 
     def save(self, path: AnyPath) -> None:
-        """Writes it as JSON."""
+        """Writes it as JSON; of several processes, the first does."""
         _write(Path(path), json.dumps(dataclasses.asdict(self), indent=1))
 
     @classmethod
@@ -1492,8 +1494,9 @@ def _copy_for_ever(local: Path, drive: SimpleNamespace) -> None:
 
 def _copy_newer(source: Path, target: Path, drive: SimpleNamespace, done: dict, name: AnyPath = "",
                 until: float = np.inf) -> str:
-    """Copies what is newer in one folder to the other, `until` by the monotonic clock; says what went wrong.
-    Of a run the oldest comes first, all else waits for it: no checkpoint may arrive before its pictures."""
+    """Copies what is newer in one folder to the other, and says what went wrong. Of a run the oldest comes
+    first, and what is newer waits for it: a checkpoint must not arrive before its pictures. Nothing is begun
+    after `until`, by the monotonic clock."""
     trouble = ""
     for entry in [source / name] if name else source.glob("*"):
         try:
@@ -1716,7 +1719,7 @@ LOWER_IS_BETTER = ("loss", "rmse", "mae", "abs_rel", "log10")
 SCORES = {"mask_predicted": ("IoU", "iou"), "depth_predicted": ("RMSE", "rmse")}  # stand under a picture
 FIRST_STEPS = (0, 10, 30, 100, 300)  # after so many steps of the first epoch, too, pictures are saved
 
-def _draw(rows: Sequence[Sequence[tuple]], titles: Sequence[str] = (), labels=("",)) -> Figure:
+def _draw(rows: list[list[tuple]], titles: Sequence[str] = (), labels: Sequence[str] = ("",)) -> Figure:
     """A figure of rows of (sample, kind): the sample's picture of that kind, if it has one, and under a
     prediction how good it is; with bars for depth and its error."""
     shape, (height, width), bars = (len(rows), len(rows[0])), rows[0][0][0]["bg"].shape[1:], {}
@@ -1731,7 +1734,7 @@ def _draw(rows: Sequence[Sequence[tuple]], titles: Sequence[str] = (), labels=("
             error, depth = kind == "depth_error", kind.startswith("depth")
             picture = sample.get(kind, torch.full_like(sample["bg"][:1], torch.nan)).permute(1, 2, 0)
             colours = "magma" if error else "viridis" if depth else "gray"
-            drawn = axis.imshow(picture, colours, vmin=0, vmax=0.5 if error else 1)
+            drawn = axis.imshow(picture.numpy(), colours, vmin=0, vmax=0.5 if error else 1)
             bars |= {"depth error" if error else "depth: near → far": drawn} if depth else {}
             axis.set(xticks=[], yticks=[], title="" if i else title)
             if kind in SCORES and kind in sample:

@@ -1,6 +1,6 @@
 """Trains on the weights in assets/, on drawn samples and on *composed* ones.
 
-python tests/benchmarks/train_weights.py OUT.pt ZIP [--photos FOLDER] [--start WEIGHTS] [--steps N] ...
+python tests/benchmarks/train_weights.py OUT.pt ZIP [--photos FOLDER] [--size N ...] [--share S] ...
 
 ZIP is a data set of notebook 00: for mask and depth. A composed sample, for the mask alone, is a shape of
 drawn objects, moved, turned and scaled, filled with another picture, with a shadow, on a drawn scene or on a
@@ -137,7 +137,7 @@ def train(model, ds, photos, given):
         pair = {kind: torch.cat([first[kind], extra[kind]]) for kind in ("bg", "fg_bg")}
         pair = jitter_colours(pair)
         pair = shake(pair) if np.random.random() < given.shaken else pair
-        sides = [int(np.random.choice(given.size))] * 2
+        sides = [given.size[step % len(given.size)]] * 2
         bg, fg_bg = (resize(pair[kind], sides, antialias=True) for kind in ("bg", "fg_bg"))
         mask = (F.adaptive_avg_pool2d(torch.cat([first["mask"], extra["mask"]]), sides) > 0.5).float()
         mask_logits, depth = model(bg, fg_bg)
@@ -160,13 +160,13 @@ def main():
     parser.add_argument("zip", help="a drawn data set")
     parser.add_argument("--photos", help="a folder of .jpg, for backgrounds and fillings")
     parser.add_argument("--start", default="", help="weights to begin with; by default those in assets/")
-    parser.add_argument("--size", type=int, nargs="+", default=[192], help="of several, each step takes one")
+    parser.add_argument("--size", type=int, nargs="+", default=[192], help="one, or several in turn")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--composed", type=float, default=0.5, help="the share of a batch that is composed")
     parser.add_argument("--shaken", type=float, default=0.7, help="the share of batches as if taken by hand")
     parser.add_argument("--rate", type=float, default=6e-4, help="the highest learning rate")
-    parser.add_argument("--share", type=float, default=1.0, help="of the new weights in OUT.pt; else START's")
+    parser.add_argument("--share", type=float, default=1.0, help="of what is learnt in OUT; the rest: START")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.manual_seed(given.seed)
