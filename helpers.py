@@ -1278,10 +1278,9 @@ def read_run(folder: AnyPath) -> Run:
         raise FileNotFoundError(f"{folder} holds no run (no config.json). Give the folder that run() made.")
     config = Config.load(folder / "config.json")
     try:
-        history, timing = _read_table(folder / "metrics.csv"), _read_table(folder / "timing.csv")
+        seconds = [row["seconds"] for row in _read_table(folder / "timing.csv")]
         results = json.loads(file.read_text()) if (file := folder / "results.json").exists() else {}
-        seconds = [row["seconds"] for row in timing]
-        return Run(config, folder, history, seconds, results)
+        return Run(config, folder, _read_table(folder / "metrics.csv"), seconds, results)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{folder}: a file of this run is damaged ({error}). Delete the folder.") from error
 
@@ -1356,10 +1355,11 @@ def _train(config: Config, ds: ZipDataset, parts: dict[str, np.ndarray], model: 
         state["lr"] = state["lr"] if begun else optimizer.param_groups[0]["lr"]
         about = {"desc": f"epoch {epoch + 1}/{epochs}", "initial": begun, "total": steps, "file": sys.stdout}
         bar = tqdm(_prefetch(ds.batch, shares), leave=False, disable=quiet or None, **about)
+        model.train()
         for whole, batch in zip(batches, bar, strict=True):
             if epoch == 0 and process == 0 and state["step"] in FIRST_STEPS:
                 _save_images(folder, state, kept, ds, parts, config, watch)
-            model.train()
+                model.train()
             torch.manual_seed(((config.seed * 2**32 + state["step"]) * 64 + process) % 2**64)
             batch = functools.reduce(lambda batch, change: change(batch), augment, to_float(batch, DEVICE))
             with autocast(config.precision):

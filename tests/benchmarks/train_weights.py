@@ -9,6 +9,7 @@ are listed in assets/photos/LICENCES.md. OUT.pt is written every 25 steps, in ha
 """
 
 import argparse
+import copy
 import sys
 import time
 from pathlib import Path
@@ -173,8 +174,9 @@ def main():
     np.random.seed(given.seed)
     ds = ZipDataset(given.zip, max(given.size))
     photos = to_float({"bg": read_photos(given.photos, ds.size)}, DEVICE)["bg"]
-    started, before = time.monotonic(), load_model(given.start).state_dict()
-    for step, loss, model in train(load_model(given.start), ds, photos, given):
+    network, started = load_model(given.start), time.monotonic()
+    before = copy.deepcopy(network.state_dict())
+    for step, loss, model in train(network, ds, photos, given):
         state = model.state_dict()
         for name in [name for name, of in state.items() if of.is_floating_point()]:
             state[name] = torch.lerp(before[name], state[name], given.share).half()
