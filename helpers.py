@@ -470,11 +470,11 @@ class ZipDataset(torch.utils.data.Dataset):
         for kind in self.kinds:
             slots = self._slot[kind][np.asarray(indices)]
             pictures, ready = self._kept.get(kind, ({}, np.zeros(len(self._file[kind]), np.uint8)))
-            new = np.unique(slots[ready[slots] == 0])
-            decoded = _pool(os.getpid()).map(functools.partial(self._picture, kind), self._file[kind][new])
-            for slot, picture in zip(new, decoded, strict=True):
-                pictures[slot] = picture  # on the disk or, where there is no room, for this batch
-            ready[new] = 1
+            if len(new := np.unique(slots[ready[slots] == 0])):
+                read = _pool(os.getpid()).map(functools.partial(self._picture, kind), self._file[kind][new])
+                for slot, picture in zip(new, read, strict=True):
+                    pictures[slot] = picture  # on the disk or, where there is no room, for this batch
+                ready[new] = 1
             found = pictures[slots] if kind in self._kept else np.stack([pictures[slot] for slot in slots])
             batch[kind] = torch.from_numpy(found).permute(0, 3, 1, 2)
         return batch
