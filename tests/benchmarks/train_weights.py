@@ -7,9 +7,9 @@ drawn objects, moved, turned and scaled, filled with another picture, with a sha
 photograph of the folder: photographs have patterns that drawn scenes lack. Those for the weights in assets/
 are listed in assets/photos/LICENCES.md. OUT.pt is written every 25 steps, in half precision, ready for use.
 
-The last run, an hour on two cores, on sets of 400 x 16, 400 x 32 and 660 x 32 backgrounds and objects, each also
-mirrored, and on notebook 00's: --size 64 64 96 64 64 128 64 192 --steps 6300 --composed 0.3 --rate 4e-4
---average 0.998 --bfloat16 --seed 30; of it, --share 0.08.
+The last run, an hour on two cores, on 400 x 16, 400 x 32 and 660 x 32 backgrounds and objects, each also
+mirrored, and on notebook 00's full set: --size 64 64 96 64 64 128 64 192 --steps 6300 --composed 0.3
+--rate 4e-4 --average 0.998 --bfloat16 --seed 30, and --share 0.08 of it.
 """
 
 import argparse
