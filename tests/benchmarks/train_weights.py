@@ -7,9 +7,9 @@ drawn objects, moved, turned and scaled, filled with another picture, with a sha
 photograph of the folder: photographs have patterns that drawn scenes lack. Those for the weights in assets/
 are listed in assets/photos/LICENCES.md. OUT.pt is written every 25 steps, in half precision, ready for use.
 
-The last run, an hour on two cores, on 400 x 16, 400 x 32 and 660 x 32 backgrounds and objects, each also
-mirrored, and on notebook 00's full set: --size 64 64 96 64 64 128 64 192 --steps 6300 --composed 0.3
---rate 4e-4 --average 0.998 --bfloat16 --seed 30, and --share 0.08 of it.
+The last run, on 400 x 16, 400 x 32 and 660 x 32 backgrounds and objects, each also mirrored, and on notebook
+00's full set: --size 64 64 96 64 64 128 64 192 --steps 6300 --composed 0.3 --rate 4e-4 --average 0.998
+--precision bfloat16, and --share 0.08 of it.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import copy
 import itertools
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -32,6 +31,7 @@ from helpers import (
     DEVICE,
     MASK_LOSSES,
     ZipDataset,
+    autocast,
     jitter_colours,
     load_model,
     mirror,
@@ -42,14 +42,17 @@ from helpers import (
 )
 
 
-def read_photos(folder, size):
-    """The photographs of a folder, uint8 (N, 3, size, size); none without a folder."""
+def read_photos(folder, sizes):
+    """The photographs of a folder, of each size, uint8 {size: (N, 3, size, size)}; none without a folder."""
     files = sorted(Path(folder).glob("*.jpg")) if folder else []
     if folder and not files:
         raise FileNotFoundError(f"{folder} holds no .jpg. Give a folder of photographs, or none.")
-    photos = [torch.from_numpy(open_photo(file)).permute(2, 0, 1) for file in files]
-    photos = [resize(photo, [size, size], antialias=True) for photo in photos]
-    return torch.stack(photos) if photos else torch.empty(0, 3, size, size, dtype=torch.uint8)
+    photos = {size: torch.empty(len(files), 3, size, size, dtype=torch.uint8) for size in sizes}
+    for i, file in enumerate(files):
+        photo = torch.from_numpy(open_photo(file)).permute(2, 0, 1)
+        for size, resized in photos.items():
+            resized[i] = resize(photo, [size, size], antialias=True)
+    return photos
 
 
 def uniform(n, low, high):
@@ -66,6 +69,12 @@ def warped(pictures, rows):
     """Pictures (N, C, H, W) under affine maps: `rows` are the six numbers of each, (6, N)."""
     grid = F.affine_grid(torch.stack(list(rows), 1).view(-1, 2, 3), list(pictures.shape), False)
     return F.grid_sample(pictures, grid, align_corners=False)
+
+
+def blurred(pictures, low, high):
+    """Pictures under a Gaussian blur, alike in all, of a deviation from low to high in pixels of 192."""
+    deviation = np.random.uniform(low, high) * pictures.shape[2] / 192
+    return gaussian_blur(pictures, [2 * int(2 * deviation) + 1] * 2, [deviation])
 
 
 def moved(pictures, degrees=25.0, scale=(0.5, 1.6), shift=0.6):
@@ -103,8 +112,7 @@ def shadowed(bg, shape):
     standing = torch.stack([one, shear, -shear * feet, zero, squash, feet * (1 - squash)])
     lying = torch.stack([one, zero, aside[0], zero, one, aside[1]])
     fallen = warped(shape, torch.where(uniform(n, 0, 1).flatten() < 0.65, standing, lying))
-    blur = np.random.uniform(0.6, 6) * height / 192
-    fallen = gaussian_blur(fallen, [2 * int(2 * blur) + 1] * 2, [blur])
+    fallen = blurred(fallen, 0.6, 6)
     return bg * (1 - fallen * uniform(n, 0.2, 0.8) * (uniform(n, 0, 1) < 0.85))
 
 
@@ -133,8 +141,7 @@ def other_detail(batch):
     """In half of the samples detail fainter or stronger and some of another's, alike in both pictures:
     depth is to be told from the scene, not from patterns, of which drawn scenes have their own."""
     n, both = len(batch["bg"]), torch.cat([batch["bg"], batch["fg_bg"]], 1)
-    blur = np.random.uniform(0.5, 3) * both.shape[2] / 192
-    coarse = gaussian_blur(both, [2 * int(2 * blur) + 1] * 2, [blur])
+    coarse = blurred(both, 0.5, 3)
     detail = both - coarse
     foreign = moved(one_of(n, detail[:, :3])).repeat(1, 2, 1, 1)
     changed = (coarse + detail * uniform(n, 0, 1.5) + foreign * uniform(n, 0, 1)).clamp(0, 1)
@@ -151,7 +158,7 @@ def in_turn(n):
 def batches(given):
     """The batches of all steps: bg, fg_bg and mask, of which the first, the drawn ones, have a depth."""
     sets = {size: [ZipDataset(path, size) for path in given.zip] for size in set(given.size)}
-    photos = {size: to_float({"bg": read_photos(given.photos, size)}, DEVICE)["bg"] for size in sets}
+    photos = to_float(read_photos(given.photos, sets), DEVICE)
     counts = np.array([len(ds) for ds in sets[given.size[0]]])
     order = [in_turn(count) for count in counts]
     for size in itertools.islice(itertools.cycle(given.size), given.steps):
@@ -172,26 +179,22 @@ def train(model, given):
     schedule = OneCycleLR(optimizer, given.rate, given.steps + 1, pct_start=0.1)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(given.average), use_buffers=True)
     model.train()
-    made, seen = batches(given), 0
-    # the next batch is made while the network learns from this one
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        coming = pool.submit(next, made, None)
-        for step in range(1, given.steps + 1):
-            batch, coming = coming.result(), pool.submit(next, made, None)
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=given.bfloat16):
-                mask_logits, depth = (of.float() for of in model(batch["bg"], batch["fg_bg"]))
-            mask, true_depth, n = batch["mask"], batch["depth"], len(batch["depth"])
-            loss = mask_and_depth(mask_logits[:n], depth[:n], mask[:n], true_depth)
-            loss = loss + (mask_alone(mask_logits[n:], mask[n:]) if len(mask) > n else 0)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            average.update_parameters(model)
-            seen += n
-            if step % 25 == 0 or step == given.steps:
-                yield step, seen, loss.item(), average.module
+    seen = 0
+    for step, batch in enumerate(batches(given), 1):
+        with autocast(given.precision):
+            mask_logits, depth = (of.float() for of in model(batch["bg"], batch["fg_bg"]))
+        mask, true_depth, n = batch["mask"], batch["depth"], len(batch["depth"])
+        loss = mask_and_depth(mask_logits[:n], depth[:n], mask[:n], true_depth)
+        loss = loss + (mask_alone(mask_logits[n:], mask[n:]) if len(mask) > n else 0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(model)
+        seen += n
+        if step % 25 == 0 or step == given.steps:
+            yield step, seen, loss.item(), average.module
 
 
 def main():
@@ -207,7 +210,7 @@ def main():
     parser.add_argument("--shaken", type=float, default=0.7, help="the share of batches as if taken by hand")
     parser.add_argument("--rate", type=float, default=6e-4, help="the highest learning rate")
     parser.add_argument("--average", type=float, default=0.99, help="how slowly the average of weights moves")
-    parser.add_argument("--bfloat16", action="store_true", help="twice as fast where the processor has AMX")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--share", type=float, default=1.0, help="of what is learnt in OUT; the rest: START")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -216,9 +219,10 @@ def main():
     network, started = load_model(given.start), time.monotonic()
     before = copy.deepcopy(network.state_dict())
     for step, seen, loss, model in train(network, given):
-        state = model.state_dict()
-        for name in [name for name, of in state.items() if of.is_floating_point()]:
-            state[name] = torch.lerp(before[name], state[name], given.share).half()
+        state = {
+            name: torch.lerp(before[name], of, given.share).half() if of.is_floating_point() else of
+            for name, of in model.state_dict().items()
+        }
         torch.save(state, given.out)
         spent = time.monotonic() - started
         print(f"step {step}, {seen} samples, loss {loss:.3f}, {spent:.0f} s", flush=True)
